@@ -1,0 +1,68 @@
+# Commands for working in this repository. `make test` and `make demo` need nothing but Python 3.10 or
+# later and GNU make: each creates the environment in $(VENV) when it is missing or half made.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt \
+           $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+# Pins hold in pip's isolated build environment too; old and new pip read them from different variables.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo lint format clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) PYTEST_ARGS=..."
+	@echo "  make demo IMAGES=folder MASKS=folder [NUM_CLASSES=n] [IGNORE_INDEX=n] runs on your own data"
+
+# One thread per test process: with more, the processes would take each other's cores.
+test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(PYTEST_ARGS)
+
+demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes, print a table, draw a picture
+	$(BIN)/python examples/demo.py \
+	  $(if $(IMAGES),--images "$(IMAGES)") $(if $(MASKS),--masks "$(MASKS)") \
+	  $(if $(NUM_CLASSES),--num-classes $(NUM_CLASSES)) $(if $(IGNORE_INDEX),--ignore-index $(IGNORE_INDEX))
+
+lint: $(VENV)/.stamp-dev  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.stamp-dev  ## Rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+clean:  ## Remove what was built, and caches; the environment and results stay
+	rm -rf build dist *.egg-info semeda_fast/_C.*.so semeda_fast/_C.*.pyd
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find semeda_fast kernels tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. A stamp is written last, so an interrupted install is taken up again.
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "semeda_fast needs Python 3.10 or later; name one with: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null || \
+	  { echo "pip in $(VENV) is broken: making $(VENV) anew"; $(PYTHON) -m venv --clear $(VENV); }
+	@touch $@
+
+# The development environment holds all that the demo needs, so it serves both.
+$(VENV)/.stamp-dev: $(VENV)/.stamp-python $(SOURCES)
+	@echo "Installing semeda_fast with its development tools into $(VENV) ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.stamp-demo $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-python $(SOURCES)
+	@echo "Installing semeda_fast with what the demo needs into $(VENV) ..."
+	$(INSTALL) -e '.[cli,train,metrics,plot]'
+	@touch $@

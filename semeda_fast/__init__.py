@@ -1,0 +1,17 @@
+"""The SEMEDA segmentation loss: cross-entropy plus feature matching in a frozen edge-detection network.
+
+from semeda_fast import SemedaLoss
+
+criterion = SemedaLoss(num_classes=21, ignore_index=255)
+loss = criterion(logits, target)
+"""
+
+from .backends import backend_info
+from .functional import semeda_loss
+from .loss import SemedaLoss
+from .proxy.network import EdgeProxy
+from .proxy.training import train_proxy
+
+__version__ = "0.1.0"
+
+__all__ = ["EdgeProxy", "SemedaLoss", "__version__", "backend_info", "semeda_loss", "train_proxy"]

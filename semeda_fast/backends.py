@@ -1,0 +1,207 @@
+"""Which implementations of the loss exist, which can run here and why not, and how "auto" chooses.
+
+A backend joins by `register(Backend(...))`; the tests then run every guarantee on it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import BackendUnavailableError
+from .proxy.network import why_not_fused
+from .spec import LossSpec, LossTerms
+
+# (logits, target, valid, class_weight, weights, biases, spec) -> terms, differentiable in the logits
+RunFunction = Callable[
+    [Tensor, Tensor, "Tensor | None", "Tensor | None", "Sequence[Tensor]", "Sequence[Tensor]", LossSpec],
+    LossTerms,
+]
+
+
+def _never() -> str | None:
+    return None
+
+
+def _anything(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Attributes:
+        devices: device types it runs on, best first; empty means any.
+        why_unavailable: None where it can run on this machine, else the cause and the remedy.
+        why_unsupported: (logits, weights, spec) -> None, or why it cannot do this very computation.
+            Looks at metadata only.
+        fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
+    """
+
+    name: str
+    run: RunFunction | None
+    devices: tuple[str, ...] = ()
+    why_unavailable: Callable[[], str | None] = _never
+    why_unsupported: Callable[[Tensor, Sequence[Tensor], LossSpec], str | None] = _anything
+    fused: bool = False
+
+    def refusal(self, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+        """Why this backend cannot take these arguments, or None."""
+        if self.devices and logits.device.type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, the logits are on {logits.device.type}"
+        if self.fused and (reason := why_not_fused(weights, spec.strides, spec.dilations, spec.pools)):
+            return reason
+        return self.why_unsupported(logits, weights, spec)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What `backend_info` says about one backend."""
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """The backends of this installation; print it for a table.
+
+    Attributes:
+        backends: one status a backend.
+        auto: device type -> the backend that "auto" takes there for a proxy that the fused kernels can run.
+        fallbacks: why "auto" fell back to the reference so far in this process.
+    """
+
+    backends: tuple[BackendStatus, ...]
+    auto: dict[str, str]
+    fallbacks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [("backend", "available", "devices", "note")]
+        for status in self.backends:
+            devices = ", ".join(status.devices) or "any"
+            rows.append((status.name, "yes" if status.available else "no", devices, status.reason))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]).rstrip() for row in rows]
+        lines.append("auto: " + ", ".join(f"{device} -> {name}" for device, name in self.auto.items()))
+        lines.extend(f"fell back to reference: {reason}" for reason in self.fallbacks)
+        return "\n".join(lines)
+
+
+_registry: dict[str, Backend] = {}
+_fallbacks: dict[str, None] = {}  # a set that keeps its order
+
+
+def register(backend: Backend) -> None:
+    """Add a backend, or replace the one of the same name. "auto" prefers those registered last."""
+    if backend.name == "auto":
+        raise ValueError("'auto' is no backend but the choice between them; register another name")
+    _registry.pop(backend.name, None)
+    _registry[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Take a backend out of the registry."""
+    del _registry[name]
+
+
+def names() -> tuple[str, ...]:
+    """All registered names, available here or not."""
+    return tuple(_registry)
+
+
+def available_names(device_type: str = "cpu") -> tuple[str, ...]:
+    """The backends that can run on this machine for tensors of that device type."""
+    return tuple(
+        b.name
+        for b in _registry.values()
+        if b.why_unavailable() is None and (not b.devices or device_type in b.devices)
+    )
+
+
+def check_name(name: str) -> None:
+    """ValueError for a name nobody registered, BackendUnavailableError for one that cannot run here."""
+    if name == "auto":
+        return
+    if name not in _registry:
+        known = ", ".join(map(repr, ("auto", *_registry)))
+        raise ValueError(f"backend must be one of {known}, got {name!r}")
+    reason = _registry[name].why_unavailable()
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
+
+
+def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> RunFunction:
+    """The implementation to run; looks at metadata only.
+
+    A backend asked for by name runs or raises. "auto" takes the first that can, and says once, in a
+    warning, why the fused ones could not; `backend_info().fallbacks` keeps the reasons.
+
+    Raises:
+        ValueError: unknown name, or the named backend cannot do this computation.
+        BackendUnavailableError: the named backend cannot run on this machine.
+    """
+    check_name(name)
+    if name != "auto":
+        backend = _registry[name]
+        reason = backend.refusal(logits, weights, spec)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot do this: {reason}; use backend='auto' or 'reference'")
+        return _runner(backend)
+    reasons = []
+    for backend in reversed(_registry.values()):
+        if not backend.fused or (backend.devices and logits.device.type not in backend.devices):
+            continue
+        if backend.why_unavailable() is not None:
+            continue
+        reason = backend.refusal(logits, weights, spec)
+        if reason is None:
+            return _runner(backend)
+        reasons.append(reason)
+    # What no fused backend will ever take is said even where none is installed.
+    general = why_not_fused(weights, spec.strides, spec.dilations, spec.pools)
+    for reason in dict.fromkeys([general, *reasons] if general else reasons):
+        if reason not in _fallbacks:
+            _fallbacks[reason] = None
+            warnings.warn(f"SemedaLoss runs on the slower reference backend: {reason}", stacklevel=2)
+    return reference.loss_terms
+
+
+def backend_info() -> BackendInfo:
+    """The backends, whether each can run here, why not, and what "auto" takes on each device type."""
+    statuses = []
+    for backend in _registry.values():
+        reason = backend.why_unavailable()
+        statuses.append(BackendStatus(backend.name, reason is None, backend.devices, reason or ""))
+    auto = {}
+    for device in ("cpu", "cuda"):
+        fused = [b.name for b in _registry.values() if b.fused and b.name in available_names(device)]
+        auto[device] = fused[-1] if fused else "reference"
+    return BackendInfo(tuple(statuses), auto, tuple(_fallbacks))
+
+
+def _runner(backend: Backend) -> RunFunction:
+    assert backend.run is not None, f"backend {backend.name} is available but has nothing to run"
+    return backend.run
+
+
+def _planned(what: str, device: str) -> Callable[[], str]:
+    def reason() -> str:
+        note = "" if device == "cpu" or torch.cuda.is_available() else " (and torch sees no GPU here)"
+        return f"this version has no {what} yet{note}; use backend='auto' or 'reference'"
+
+    return reason
+
+
+register(Backend("reference", reference.loss_terms))
+register(Backend("cpu", None, ("cpu",), _planned("fused CPU kernels", "cpu"), fused=True))
+register(Backend("triton", None, ("cuda",), _planned("Triton kernels", "cuda"), fused=True))
+register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels", "cuda"), fused=True))

@@ -1,0 +1,228 @@
+"""Argument checks: each error says what was expected, what came and what to do.
+
+`check_options` looks at configuration, `check_tensors` at tensors' metadata (no device is waited for),
+`check_values` at what the tensors hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import validity
+from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, VALIDATE, LossSpec
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+def check_options(
+    *,
+    lambda_ce: float | Tensor,
+    lambda_semeda: float | Tensor,
+    distance: str | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    mode: str,
+    empty: str,
+    validate: str,
+) -> None:
+    """Raise ValueError or TypeError for a configuration that means nothing."""
+    check_lambda("lambda_ce", lambda_ce)
+    check_lambda("lambda_semeda", lambda_semeda)
+    if distance is not None:
+        _check_choice("distance", distance, DISTANCES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("mode", mode, MODES)
+    _check_choice("empty", empty, EMPTY)
+    _check_choice("validate", validate, VALIDATE)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+
+
+def check_lambda(name: str, value: float | Tensor) -> None:
+    """A term's weight is a finite number >= 0, or a tensor of one element (whose value is not read)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} as a tensor must hold one floating-point number, got shape {list(value.shape)}, {value.dtype}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+    elif not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
+    """CE's class weights are one floating-point number a class."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating-point tensor of shape [{num_classes}], got {kind}")
+    if tuple(weight.shape) != (num_classes,):
+        raise ValueError(
+            f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}"
+        )
+
+
+def check_tensors(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    class_weight: Tensor | None,
+    weights: Sequence[Tensor],
+    spec: LossSpec,
+) -> None:
+    """Ranks, shapes, dtypes, devices and requires_grad; reads no data, so it costs no synchronisation."""
+    _check_logits(logits, weights[0].shape[1], spec)
+    _check_target(logits, target, spec)
+    n, _, h, w = logits.shape
+    if valid is not None:
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid_mask must be a bool tensor (True: the pixel counts), got {valid.dtype}")
+        if tuple(valid.shape) != (n, h, w):
+            raise ValueError(
+                f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}"
+            )
+    check_class_weight(class_weight, weights[0].shape[1])
+    others = {"target": target, "valid_mask": valid, "weight": class_weight, "the proxy": weights[0]}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != logits.device:
+            remedy = (
+                "call criterion.to(logits.device)" if name in ("the proxy", "weight") else "move one of them"
+            )
+            raise ValueError(f"logits are on {logits.device} but {name} is on {tensor.device}; {remedy}")
+    for name, tensor in (("target", target), ("weight", class_weight)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, but only the logits receive one; pass {name}.detach()"
+            )
+    if any(weight.requires_grad for weight in weights):
+        raise ValueError(
+            "the proxy's weights require a gradient, but the proxy is frozen: only the logits receive one; "
+            "train a proxy with train_proxy, before it enters the loss"
+        )
+
+
+def _check_logits(logits: Tensor, num_classes: int, spec: LossSpec) -> None:
+    name = "logits" if spec.from_logits else "probabilities"
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() != 4:
+        hint = "; add a batch dimension with logits.unsqueeze(0)" if logits.dim() == 3 else ""
+        raise ValueError(f"{name} must have the shape [N,C,H,W], got {list(logits.shape)}{hint}")
+    if logits.shape[2] == 0 or logits.shape[3] == 0:
+        raise ValueError(f"{name} must have H and W of at least 1, got shape {list(logits.shape)}")
+    channels = logits.shape[1]
+    if spec.mode == "binary":
+        if num_classes != 2:
+            raise ValueError(f"mode='binary' needs a proxy with 2 classes, got one with {num_classes}")
+        if channels != 1:
+            hint = "; for two channels use mode='multiclass'" if channels == 2 else ""
+            raise ValueError(f"mode='binary' expects one channel, [N,1,H,W], got {list(logits.shape)}{hint}")
+    elif channels != num_classes:
+        hint = "; for one channel with a sigmoid use mode='binary'" if channels == 1 else ""
+        raise ValueError(
+            f"{name} have {channels} classes (shape {list(logits.shape)}) but the proxy has {num_classes}; "
+            f"build the loss with num_classes={channels} or a proxy for {channels} classes{hint}"
+        )
+
+
+def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
+    n, c, h, w = logits.shape
+    if target.is_floating_point():
+        binary = spec.mode == "binary"
+        fits = tuple(target.shape) == (n, c, h, w) or (binary and tuple(target.shape) == (n, 2, h, w))
+        if not fits:
+            expected = f"[{n},1,{h},{w}] or [{n},2,{h},{w}]" if binary else f"[{n},{c},{h},{w}]"
+            raise ValueError(
+                f"a floating-point target is a distribution of shape {expected}, got {list(target.shape)}, "
+                f"{target.dtype}; pass labels as integers (target.long()) of shape [{n},{h},{w}]"
+            )
+        return
+    if target.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"target must hold integer labels (uint8, int8, int16, int32, int64, bool) or a float distribution, "
+            f"got {target.dtype}"
+        )
+    if tuple(target.shape) != (n, h, w):
+        hint = ""
+        if target.dim() == 4 and target.shape[1] == 1:
+            hint = "; drop the channel with target.squeeze(1)"
+        elif target.dim() == 3 and target.shape[0] == n:
+            hint = "; resize the logits to the target's size with torch.nn.functional.interpolate"
+        raise ValueError(
+            f"labels must have the shape [{n},{h},{w}] for logits of shape {list(logits.shape)}, "
+            f"got {list(target.shape)}{hint}"
+        )
+
+
+def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
+    """Raise ValueError for integer labels that are neither classes nor ignore_index. Waits for the device."""
+    if target.is_floating_point():
+        return
+    _, bad = validity(logits, target, valid, spec)
+    if not bool(bad.any()):
+        return
+    wrong = target[bad].to(torch.int64)
+    values, counts = wrong.unique(return_counts=True)
+    shown = ", ".join(
+        f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5]
+    )
+    n, y, x = bad.nonzero()[0].tolist()
+    num_classes = 2 if spec.mode == "binary" else logits.shape[1]
+    hint = (
+        "If 255 marks pixels to ignore, pass ignore_index=255"
+        if 255 in values.tolist() and spec.ignore_index != 255
+        else "Map these pixels to a class or to ignore_index"
+    )
+    raise ValueError(
+        f"target holds labels outside [0, {num_classes}): from {int(values.min())} to {int(values.max())}, "
+        f"{wrong.numel()} of {target.numel()} pixels: {shown}; the first at [n={n}, y={y}, x={x}]; "
+        f"ignore_index={spec.ignore_index}. {hint}."
+    )
+
+
+def check_finite(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
+    """Raise ValueError for NaN or infinite input at valid pixels, or a distribution that is none. Waits."""
+    v, _ = validity(logits, target, valid, spec)
+    _no_nan("logits" if spec.from_logits else "probabilities", logits, v)
+    if not spec.from_logits:
+        _is_distribution("probabilities", logits, v, spec)
+    if target.is_floating_point():
+        _no_nan("target", target, v)
+        _is_distribution("target", target, v, spec)
+
+
+def _no_nan(name: str, x: Tensor, v: Tensor) -> None:
+    wrong = (x.isnan() | (x == torch.inf)) & v.unsqueeze(1)  # -inf is a class that is ruled out
+    if bool(wrong.any()):
+        n, c, y, h = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} hold {int(wrong.sum())} NaN or +inf values at valid pixels, the first at "
+            f"[n={n}, c={c}, y={y}, x={h}]; look for a diverged or overflowed step before the loss"
+        )
+
+
+def _is_distribution(name: str, x: Tensor, v: Tensor, spec: LossSpec) -> None:
+    tolerance = 1e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    wrong = (x < 0) | (x > 1 + tolerance)
+    if not (spec.mode == "binary" and x.shape[1] == 1):
+        wrong = wrong | ((x.sum(dim=1, keepdim=True) - 1).abs() > tolerance)
+    if bool((wrong & v.unsqueeze(1)).any()):
+        raise ValueError(
+            f"{name} must lie in [0, 1] and sum to 1 over the classes at every valid pixel; found values from "
+            f"{float(x.min()):.4g} to {float(x.max()):.4g}; pass logits with from_logits=True, or a softmax"
+        )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

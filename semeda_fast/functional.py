@@ -1,0 +1,147 @@
+"""semeda_loss: check the options, run the operator, divide by the number of valid pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .proxy.network import EdgeProxy, check_layer_weights
+from .spec import LossTerms
+
+__all__ = ["DEFAULT_LAMBDA_SEMEDA", "LossComponents", "semeda_loss"]
+
+# Provisional: it weighs the two terms' gradients evenly early in training; the accuracy study will set it.
+DEFAULT_LAMBDA_SEMEDA = 0.1
+
+
+class LossComponents(NamedTuple):
+    """The loss and what it is made of, on the logits' device; only `loss` carries a gradient.
+
+    Attributes:
+        loss: [] or, with reduction="none", [N,H,W]: lambda_ce * ce + lambda_semeda * semeda.
+        ce: cross-entropy, reduced like the loss.
+        semeda: sum_l w_l D_l, reduced like the loss.
+        per_layer: [L], D_l without w_l ("sum": without 1/V; "none": as for "mean").
+        valid_count: [] int64, V.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    semeda: Tensor
+    per_layer: Tensor
+    valid_count: Tensor
+
+
+def semeda_loss(
+    logits: Tensor,
+    target: Tensor,
+    proxy: EdgeProxy,
+    *,
+    valid_mask: Tensor | None = None,
+    lambda_ce: float | Tensor = 1.0,
+    lambda_semeda: float | Tensor = DEFAULT_LAMBDA_SEMEDA,
+    layer_weights: Sequence[float] | None = None,
+    distance: str | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    mode: str = "multiclass",
+    from_logits: bool = True,
+    empty: str = "zero",
+    backend: str = "auto",
+    validate: str = "auto",
+    return_components: bool = False,
+) -> Tensor | LossComponents:
+    """Cross-entropy plus SEMEDA; the functional twin of `SemedaLoss`, where every option is described.
+
+    Args:
+        logits: [N,C,H,W] float32, bfloat16, float16 or float64 in any layout ([N,1,H,W] in binary mode).
+        target: [N,H,W] integer labels, or a float distribution [N,C,H,W].
+        proxy: an EdgeProxy on the logits' device.
+        valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index.
+
+    Returns:
+        the loss, fp32 (fp64 for fp64 logits): [] or, with reduction="none", [N,H,W];
+        with return_components a LossComponents.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together; the text names both sides.
+        BackendUnavailableError: the backend named cannot run here.
+    """
+    if not isinstance(proxy, EdgeProxy):
+        raise TypeError(
+            f"semeda_loss expects an EdgeProxy, got {type(proxy).__name__}; "
+            "load one with EdgeProxy.load(path) or EdgeProxy.bundled(num_classes)"
+        )
+    checks.check_options(
+        lambda_ce=lambda_ce,
+        lambda_semeda=lambda_semeda,
+        distance=distance,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        mode=mode,
+        empty=empty,
+        validate=validate,
+    )
+    if mode == "binary" and target.dim() == 4 and target.shape[1] == 1 and not target.is_floating_point():
+        target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
+    chosen = proxy.distance if distance is None else distance
+    layers = proxy.layers
+    terms = LossTerms(
+        *torch.ops.semeda_fast.loss_terms(
+            logits,
+            target,
+            valid_mask,
+            weight,
+            proxy.weights,
+            proxy.biases,
+            list(
+                proxy.layer_weights
+                if layer_weights is None
+                else check_layer_weights(layer_weights, len(layers))
+            ),
+            list(proxy.layer_scales(chosen)),
+            [layer.stride for layer in layers],
+            [layer.dilation for layer in layers],
+            [layer.pool for layer in layers],
+            proxy.tap,
+            chosen,
+            ignore_index,
+            float(label_smoothing),
+            mode,
+            from_logits,
+            reduction == "none",
+            validate,
+            backend,
+        )
+    )
+    ce, semeda, per_layer = terms.ce, terms.semeda, terms.per_layer
+    count = terms.valid_count.to(ce.dtype)
+    if reduction == "mean":
+        ce = ce / _divisor(terms.ce_weight, empty)
+        semeda = semeda / _divisor(count, empty)
+    if reduction != "sum":
+        per_layer = per_layer / _divisor(count, empty)
+    # In the terms' dtype: a float64 schedule tensor must not turn the loss into float64.
+    loss = _factor(lambda_ce, ce) * ce + _factor(lambda_semeda, ce) * semeda
+    if return_components:
+        return LossComponents(loss, ce.detach(), semeda.detach(), per_layer, terms.valid_count)
+    return loss
+
+
+def _divisor(count: Tensor, empty: str) -> Tensor:
+    """What a mean is divided by: the count, or 1 for an empty one, whose sum is 0 with a zero gradient."""
+    return count if empty == "nan" else torch.where(count > 0, count, 1.0)
+
+
+def _factor(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like.dtype).reshape(()) if isinstance(value, Tensor) else value
+
+
+assert ops  # importing it registers the operator

@@ -1,0 +1,208 @@
+"""SemedaLoss: the configuration and the frozen proxy as a module; the work is in functional.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import backends, checks
+from .functional import DEFAULT_LAMBDA_SEMEDA, LossComponents, semeda_loss
+from .proxy.network import EdgeProxy, Float32Buffers, check_layer_weights
+
+
+class SemedaLoss(Float32Buffers):
+    """Cross-entropy plus SEMEDA (Chen, Dapogny, Cord, Pattern Recognition 108, 2020).
+
+        loss = lambda_ce * CE + lambda_semeda * sum_l w_l D_l
+
+    D_l is the mean distance, over valid pixels, between the proxy's layer-l features of the predicted
+    softmax map and of the ground truth, divided by the layer's scale. `semeda_fast.reference` is the definition.
+
+    The module has no parameters and an empty state_dict: no optimizer, checkpoint or DDP wrapper sees the
+    proxy. `.to(device)` moves it, `.half()` and other casts leave it in fp32.
+
+    Args:
+        proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.
+        num_classes: C; needed where no proxy is given (binary mode: 2), else checked against the proxy's.
+        lambda_ce: weight of cross-entropy.
+        lambda_semeda: weight of the SEMEDA term, a number or a tensor of one element. Assign
+            `criterion.lambda_semeda` between steps for a schedule; under torch.compile a number recompiles,
+            a tensor changed in place (`criterion.lambda_semeda.fill_(0.3)`) does not. The default is
+            provisional until the accuracy study sets it.
+        layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
+        distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
+        weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss; the SEMEDA term is not weighted.
+        ignore_index: the void label. Void pixels are the zero vector in both branches and count nowhere.
+        label_smoothing: of cross-entropy, in [0, 1].
+        reduction: "mean" over valid pixels, "sum", or "none": [N,H,W], zero at void pixels.
+        mode: "multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.
+        from_logits: False takes probabilities [N,C,H,W] ([N,1,H,W] in binary mode) in the place of logits.
+        empty: "zero" makes loss and gradient 0 where no pixel is valid, "nan" makes them NaN as torch does.
+        backend: "auto", or "reference", "cpu", "triton", "cuda"; see `backend_info()`.
+        validate: "auto" checks label values at once on the CPU and by an asynchronous assert elsewhere;
+            "always" waits for the device and checks logits and soft targets too; "never" checks none (a
+            label that is no class then makes the loss NaN, it is never read out of bounds).
+
+    Shape:
+        logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout; target [N,H,W] integers, or a
+        float distribution [N,C,H,W]; the loss is a 0-d fp32 tensor (fp64 for fp64 logits), or [N,H,W].
+
+    Raises:
+        ValueError, TypeError: at construction or at the call, naming what was expected and what came.
+        ProxyFileError, FileNotFoundError: the proxy's path cannot be read.
+        BackendUnavailableError: the backend named cannot run here.
+
+    Example:
+        >>> criterion = SemedaLoss(num_classes=21, ignore_index=255)
+        >>> loss = criterion(logits, target)
+        >>> loss.backward()
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        proxy: EdgeProxy | str | os.PathLike[str] | None = None,
+        *,
+        num_classes: int | None = None,
+        lambda_ce: float | Tensor = 1.0,
+        lambda_semeda: float | Tensor = DEFAULT_LAMBDA_SEMEDA,
+        layer_weights: Sequence[float] | None = None,
+        distance: str | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        mode: str = "multiclass",
+        from_logits: bool = True,
+        empty: str = "zero",
+        backend: str = "auto",
+        validate: str = "auto",
+    ) -> None:
+        super().__init__()
+        checks.check_options(
+            lambda_ce=lambda_ce,
+            lambda_semeda=lambda_semeda,
+            distance=distance,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            mode=mode,
+            empty=empty,
+            validate=validate,
+        )
+        backends.check_name(backend)
+        self.proxy = _resolve_proxy(proxy, num_classes, mode)
+        checks.check_class_weight(weight, self.proxy.num_classes)
+        self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
+        for name in ("lambda_ce", "lambda_semeda"):
+            self.register_buffer(f"_{name}_tensor", None, persistent=False)
+        self.lambda_ce = lambda_ce
+        self.lambda_semeda = lambda_semeda
+        self.layer_weights = check_layer_weights(
+            self.proxy.layer_weights if layer_weights is None else layer_weights, self.proxy.num_layers
+        )
+        self.distance = self.proxy.distance if distance is None else distance
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.mode = mode
+        self.from_logits = from_logits
+        self.empty = empty
+        self.backend = backend
+        self.validate = validate
+
+    @property
+    def lambda_ce(self) -> float | Tensor:
+        """Weight of cross-entropy; assign a number >= 0 or a tensor of one element."""
+        tensor = self._lambda_ce_tensor
+        return self._lambda_ce if tensor is None else tensor
+
+    @lambda_ce.setter
+    def lambda_ce(self, value: float | Tensor) -> None:
+        checks.check_lambda("lambda_ce", value)
+        self._lambda_ce_tensor = value if isinstance(value, Tensor) else None
+        self._lambda_ce = 0.0 if isinstance(value, Tensor) else float(value)
+
+    @property
+    def lambda_semeda(self) -> float | Tensor:
+        """Weight of the SEMEDA term; assign a number >= 0 or a tensor of one element."""
+        tensor = self._lambda_semeda_tensor
+        return self._lambda_semeda if tensor is None else tensor
+
+    @lambda_semeda.setter
+    def lambda_semeda(self, value: float | Tensor) -> None:
+        checks.check_lambda("lambda_semeda", value)
+        self._lambda_semeda_tensor = value if isinstance(value, Tensor) else None
+        self._lambda_semeda = 0.0 if isinstance(value, Tensor) else float(value)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        valid_mask: Tensor | None = None,
+        return_components: bool = False,
+    ) -> Tensor | LossComponents:
+        """The loss of `logits` [N,C,H,W] against `target` [N,H,W] (or a float distribution [N,C,H,W]).
+
+        Args:
+            valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index.
+            return_components: return a LossComponents (loss, ce, semeda, per_layer, valid_count); all but
+                `loss` are detached, and everything stays on the device.
+        """
+        return semeda_loss(
+            logits,
+            target,
+            self.proxy,
+            valid_mask=valid_mask,
+            lambda_ce=self.lambda_ce,
+            lambda_semeda=self.lambda_semeda,
+            layer_weights=self.layer_weights,
+            distance=self.distance,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            mode=self.mode,
+            from_logits=self.from_logits,
+            empty=self.empty,
+            backend=self.backend,
+            validate=self.validate,
+            return_components=return_components,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}, layer_weights={self.layer_weights}, "
+            f"distance={self.distance!r}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+            f"mode={self.mode!r}, backend={self.backend!r}"
+        )
+
+
+def _resolve_proxy(
+    proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes: int | None, mode: str
+) -> EdgeProxy:
+    if proxy is None:
+        if num_classes is None and mode == "binary":
+            num_classes = 2
+        if num_classes is None:
+            raise ValueError(
+                "pass num_classes=C for the bundled proxy, or a proxy (an EdgeProxy or its file's path)"
+            )
+        return EdgeProxy.bundled(num_classes)
+    if isinstance(proxy, (str, os.PathLike)):
+        proxy = EdgeProxy.load(proxy)
+    if not isinstance(proxy, EdgeProxy):
+        raise TypeError(
+            f"proxy must be an EdgeProxy, a path or None, got {type(proxy).__name__}; "
+            "turn an nn.Sequential into one with EdgeProxy.from_sequential(network)"
+        )
+    if num_classes is not None and num_classes != proxy.num_classes:
+        raise ValueError(
+            f"num_classes={num_classes}, but the proxy has {proxy.num_classes} classes; leave num_classes out, "
+            f"train a proxy for {num_classes} classes, or cut this one with proxy.slice_classes({num_classes})"
+        )
+    return proxy

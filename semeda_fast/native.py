@@ -1,0 +1,58 @@
+"""The compiled module `semeda_fast._C`: loaded on first use, and never a reason for an import to fail."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NativeInfo:
+    """What is known of the compiled module.
+
+    Attributes:
+        available: whether `semeda_fast._C` is loaded.
+        reason: why it is not, and what to do; empty when it is.
+        build: compiler, cxx_standard (e.g. 201703), openmp, openmp_version (the _OPENMP date),
+            openmp_threads, and instruction_sets, the names of those that kernels were built for.
+            Empty when not available.
+        cpu: vector extensions of this machine, such as {"avx2": True, "neon": False}. Empty when
+            not available.
+    """
+
+    available: bool
+    reason: str
+    build: dict[str, Any] = field(default_factory=dict)
+    cpu: dict[str, bool] = field(default_factory=dict)
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The module, or None and the reason."""
+    # torch comes first, so that OpenMP resolves to the runtime that torch.set_num_threads controls.
+    importlib.import_module("torch")
+    if importlib.util.find_spec("semeda_fast._C") is None:
+        return None, (
+            "semeda_fast._C is not installed: semeda_fast was installed with SEMEDA_FAST_BUILD=none or "
+            "without a working C++ compiler. Install from source with SEMEDA_FAST_BUILD=cpu to build it, "
+            "or to see why it does not build"
+        )
+    try:
+        return importlib.import_module("semeda_fast._C"), ""
+    except ImportError as error:
+        return None, (
+            f"semeda_fast._C is installed but cannot be loaded: {error}. Install semeda_fast again "
+            "with this Python, so that the two match"
+        )
+
+
+def native_info() -> NativeInfo:
+    """Whether the compiled module is there, how it was built, and what this processor offers."""
+    module, reason = _load()
+    if module is None:
+        return NativeInfo(available=False, reason=reason)
+    return NativeInfo(available=True, reason="", build=module.build_info(), cpu=module.cpu_features())

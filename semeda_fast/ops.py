@@ -1,0 +1,118 @@
+"""The registered operator behind the loss: one schema for every backend, traceable by torch.compile.
+
+`torch.ops.semeda_fast.loss_terms` is composite: autograd and the compiler see through it to what the chosen
+backend runs. For the reference that is plain PyTorch (fused by the compiler, differentiable any number of
+times); a fused backend runs operators of its own with their own backward. Whatever needs only metadata is
+checked inside, so it costs nothing in a compiled graph and an error is the same from every caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .spec import LossSpec
+
+_library = torch.library.Library("semeda_fast", "DEF")
+_library.define(
+    "loss_terms(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor[] weights, "
+    "Tensor[] biases, float[] layer_weights, float[] layer_scales, int[] strides, int[] dilations, int[] pools, "
+    "str tap, str distance, int ignore_index, float label_smoothing, str mode, bool from_logits, bool per_pixel, "
+    "str validate, str backend) -> (Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _loss_terms(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    class_weight: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    layer_weights: list[float],
+    layer_scales: list[float],
+    strides: list[int],
+    dilations: list[int],
+    pools: list[int],
+    tap: str,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    mode: str,
+    from_logits: bool,
+    per_pixel: bool,
+    validate: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec = LossSpec(
+        layer_weights=tuple(layer_weights),
+        layer_scales=tuple(layer_scales),
+        strides=tuple(strides),
+        dilations=tuple(dilations),
+        pools=tuple(pools),
+        tap=tap,
+        distance=distance,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mode=mode,
+        from_logits=from_logits,
+        per_pixel=per_pixel,
+    )
+    checks.check_tensors(logits, target, valid, class_weight, weights, spec)
+    run = backends.choose(backend, logits, weights, spec)
+    with torch.autocast(logits.device.type, enabled=False):
+        terms = run(logits, target, valid, class_weight, weights, biases, spec)
+        if validate == "never":
+            return terms
+        # The guard is 0; added, it keeps the compiler from dropping the check as unused.
+        guard = torch.ops.semeda_fast.check_values(
+            logits.detach(), target, valid, ignore_index, mode, from_logits, validate == "always"
+        )
+        return terms._replace(ce=terms.ce + guard)
+
+
+_library.impl("loss_terms", _loss_terms, "CompositeImplicitAutograd")
+
+
+@torch.library.custom_op("semeda_fast::check_values", mutates_args=())
+def _check_values(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    mode: str,
+    from_logits: bool,
+    always: bool,
+) -> Tensor:
+    """0, after the checks of values: `always` waits for the device and looks at everything.
+
+    Otherwise labels alone are looked at: on the CPU at once, elsewhere by an asynchronous assert.
+    """
+    spec = LossSpec((), (), (), (), (), ignore_index=ignore_index, mode=mode, from_logits=from_logits)
+    if always or logits.device.type == "cpu":
+        checks.check_labels(logits, target, valid, spec)
+    elif not target.is_floating_point():
+        _, bad = checks.validity(logits, target, valid, spec)
+        torch._assert_async(
+            ~bad.any(),
+            "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
+            "run once with validate='always' to see which",
+        )
+    if always:
+        checks.check_finite(logits, target, valid, spec)
+    return logits.new_zeros((), dtype=torch.float32)
+
+
+@_check_values.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    mode: str,
+    from_logits: bool,
+    always: bool,
+) -> Tensor:
+    return logits.new_empty((), dtype=torch.float32)

@@ -1,0 +1,401 @@
+"""EdgeProxy: the frozen network whose features the loss compares."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference import features
+from ..spec import DISTANCES, TAPS
+
+MAX_FUSED_LAYERS = 8
+MAX_FUSED_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class ProxyLayer:
+    """One convolution, with what stands in front of it. Followed by a ReLU (the last layer's only as a tap).
+
+    Attributes:
+        in_channels, out_channels: K_{l-1} and K_l.
+        kernel_size: odd; the padding is dilation * (kernel_size // 2) zeros on every side ("same").
+        stride, dilation: of the convolution.
+        pool: in front of the convolution: 0 none, k > 1 max-pooling with window and stride k, k < -1
+            average-pooling with window and stride -k.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int = 3
+    stride: int = 1
+    dilation: int = 1
+    pool: int = 0
+
+    def __post_init__(self) -> None:
+        if self.in_channels < 1 or self.out_channels < 1:
+            raise ValueError(
+                f"a layer needs at least 1 channel, got {self.in_channels} -> {self.out_channels}"
+            )
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
+        if self.stride < 1 or self.dilation < 1:
+            raise ValueError(f"stride and dilation must be at least 1, got {self.stride} and {self.dilation}")
+        if self.pool in (1, -1):
+            raise ValueError(f"pool must be 0 (none), above 1 (max) or below -1 (average), got {self.pool}")
+
+
+class Float32Buffers(nn.Module):
+    """A module whose floating-point buffers follow a move to a device but keep their dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: b.dtype for name, b in self._buffers.items() if b is not None}
+        originals = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != dtype:
+                # From the original: casting the cast tensor back would keep its rounding.
+                self._buffers[name] = originals[name].to(device=moved.device)
+        return self
+
+
+class EdgeProxy(Float32Buffers):
+    """A stack of convolutions with ReLU between, trained to detect semantic edges, then frozen.
+
+    The weights are non-persistent fp32 buffers: no optimizer finds them, no checkpoint stores them,
+    `.half()` and `.to(dtype)` leave them alone, `.to(device)` moves them.
+
+    Args:
+        num_classes: C, the channels of the probability map that goes in.
+        widths: channels of the hidden layers.
+        edge_classes: channels of the last layer (2: no edge, edge).
+        kernel_size: odd.
+        tap: "pre" compares features before the ReLU, "post" after it.
+        distance: "l1", "l2" or "smooth_l1", the loss's default with this proxy.
+        layer_weights: w_l, one a layer, default all 1.
+        seed: of the random initial weights. An untrained proxy is a valid but poor one: train it with
+            `train_proxy`, load one with `EdgeProxy.load`, or take `EdgeProxy.bundled(num_classes)`.
+
+    Attributes:
+        layers: tuple of ProxyLayer.
+        scales: distance -> s_l of each layer, measured by `train_proxy`; empty means 1.
+        provenance: how it was made. quality: what it reached, e.g. "edge_f1".
+
+    Raises:
+        ValueError: arguments outside the ranges above.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        widths: Sequence[int] = (16, 32),
+        *,
+        edge_classes: int = 2,
+        kernel_size: int = 3,
+        tap: str = "pre",
+        distance: str = "l1",
+        layer_weights: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        channels = [int(num_classes), *(int(w) for w in widths), int(edge_classes)]
+        layers = [ProxyLayer(a, b, kernel_size) for a, b in itertools.pairwise(channels)]
+        generator = torch.Generator().manual_seed(seed)
+        weights = [_initial_weight(layer, number == 0, generator) for number, layer in enumerate(layers)]
+        biases = [torch.zeros(layer.out_channels) for layer in layers]
+        super().__init__()
+        self._fill(layers, weights, biases, tap, distance, layer_weights, {}, {"trained": False}, {})
+
+    def _fill(
+        self,
+        layers: Sequence[ProxyLayer],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        tap: str,
+        distance: str,
+        layer_weights: Sequence[float] | None,
+        scales: Mapping[str, Sequence[float]],
+        provenance: Mapping[str, Any],
+        quality: Mapping[str, Any],
+    ) -> None:
+        _check_choice("tap", tap, TAPS)
+        _check_choice("distance", distance, DISTANCES)
+        if not layers:
+            raise ValueError("a proxy needs at least one layer")
+        for number, layer in enumerate(layers[1:], start=1):
+            if layer.in_channels != layers[number - 1].out_channels:
+                raise ValueError(
+                    f"layer {number} takes {layer.in_channels} channels, but layer {number - 1} gives "
+                    f"{layers[number - 1].out_channels}"
+                )
+        self.layers = tuple(layers)
+        self.tap = tap
+        self.distance = distance
+        self.layer_weights = check_layer_weights(layer_weights, len(layers))
+        self.scales = {name: _positive(name, values, len(layers)) for name, values in scales.items()}
+        self.provenance = dict(provenance)
+        self.quality = dict(quality)
+        for number, (layer, weight, bias) in enumerate(zip(layers, weights, biases, strict=True)):
+            shape = (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
+            if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
+                raise ValueError(
+                    f"layer {number}: expected a weight of shape {shape} and a bias of {shape[:1]}, "
+                    f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+                )
+            if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                raise ValueError(f"layer {number} holds weights that are not finite")
+            for name, value in (("weight", weight), ("bias", bias)):
+                value = value.detach().to(torch.float32).contiguous().clone()
+                self.register_buffer(f"{name}{number}", value, persistent=False)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        layers: Sequence[ProxyLayer],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        *,
+        tap: str = "pre",
+        distance: str = "l1",
+        layer_weights: Sequence[float] | None = None,
+        scales: Mapping[str, Sequence[float]] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        quality: Mapping[str, Any] | None = None,
+    ) -> EdgeProxy:
+        """A proxy of these weights ([K_l, K_{l-1}, k, k]) and biases ([K_l]); they are copied as fp32.
+
+        Raises:
+            ValueError: shapes that do not fit the layers, or values that are not finite.
+        """
+        proxy = cls.__new__(cls)
+        nn.Module.__init__(proxy)
+        proxy._fill(
+            layers,
+            weights,
+            biases,
+            tap,
+            distance,
+            layer_weights,
+            scales or {},
+            provenance or {},
+            quality or {},
+        )
+        return proxy
+
+    @property
+    def num_classes(self) -> int:
+        """C, the channels of the map that goes in."""
+        return self.layers[0].in_channels
+
+    @property
+    def edge_classes(self) -> int:
+        """Channels of the last layer."""
+        return self.layers[-1].out_channels
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the hidden layers."""
+        return tuple(layer.out_channels for layer in self.layers[:-1])
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def receptive_field(self) -> int:
+        """Side of the square of input pixels that one value of the last layer sees, in pixels."""
+        field, step = 1, 1
+        for layer in self.layers:
+            window = max(1, abs(layer.pool))
+            field += (window - 1) * step
+            step *= window
+            field += (layer.kernel_size - 1) * layer.dilation * step
+            step *= layer.stride
+        return field
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The convolution weights, [K_l, K_{l-1}, k, k] each, fp32."""
+        return [self._buffers[f"weight{i}"] for i in range(len(self.layers))]  # type: ignore[misc]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """The biases, [K_l] each, fp32."""
+        return [self._buffers[f"bias{i}"] for i in range(len(self.layers))]  # type: ignore[misc]
+
+    def layer_scales(self, distance: str) -> tuple[float, ...]:
+        """s_l for this distance; 1 where none was measured."""
+        return self.scales.get(distance, (1.0,) * len(self.layers))
+
+    def features(self, probs: Tensor) -> list[Tensor]:
+        """phi_l of every layer.
+
+        Args:
+            probs: [N,C,H,W] float, a probability map; void pixels are the zero vector.
+
+        Returns:
+            one tensor [N,K_l,H,W] a layer (smaller in H and W behind a stride or a pooling).
+
+        Raises:
+            ValueError: another rank or number of channels.
+        """
+        self._check_input(probs)
+        return features(probs, self.weights, self.biases, *self._geometry(), self.tap)
+
+    def edge_logits(self, probs: Tensor) -> Tensor:
+        """The last layer before any ReLU, [N,edge_classes,H,W]: softmax over dim 1 gives edge probabilities."""
+        self._check_input(probs)
+        return features(probs, self.weights, self.biases, *self._geometry(), "pre")[-1]
+
+    def forward(self, probs: Tensor) -> Tensor:
+        """Same as `edge_logits`."""
+        return self.edge_logits(probs)
+
+    def slice_classes(self, num_classes: int) -> EdgeProxy:
+        """A proxy for the first `num_classes` classes: the first layer's columns are independent.
+
+        Raises:
+            ValueError: num_classes below 1 or above this proxy's.
+        """
+        if not 1 <= num_classes <= self.num_classes:
+            raise ValueError(f"this proxy has {self.num_classes} classes; cannot cut it to {num_classes}")
+        first = replace(self.layers[0], in_channels=num_classes)
+        weights = self.weights
+        weights[0] = weights[0][:, :num_classes]
+        return EdgeProxy.from_tensors(
+            (first, *self.layers[1:]),
+            weights,
+            self.biases,
+            tap=self.tap,
+            distance=self.distance,
+            layer_weights=self.layer_weights,
+            scales=self.scales,
+            provenance={**self.provenance, "sliced_from_classes": self.num_classes},
+            quality=self.quality,
+        )
+
+    def annotated(
+        self,
+        *,
+        scales: Mapping[str, Sequence[float]] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        quality: Mapping[str, Any] | None = None,
+    ) -> EdgeProxy:
+        """A copy with other facts in the place of those given."""
+        return EdgeProxy.from_tensors(
+            self.layers,
+            self.weights,
+            self.biases,
+            tap=self.tap,
+            distance=self.distance,
+            layer_weights=self.layer_weights,
+            scales=self.scales if scales is None else scales,
+            provenance=self.provenance if provenance is None else provenance,
+            quality=self.quality if quality is None else quality,
+        )
+
+    @classmethod
+    def from_sequential(cls, network: nn.Sequential, tap: str = "pre", **options: Any) -> EdgeProxy:
+        """A proxy of an `nn.Sequential` trained elsewhere; see `proxy.convert.from_sequential`."""
+        from .convert import from_sequential
+
+        return from_sequential(network, tap=tap, **options)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a safetensors file that holds the weights and everything that defines a result."""
+        from .storage import save_proxy
+
+        save_proxy(self, path, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> EdgeProxy:
+        """Read what `save` wrote. Raises ProxyFileError naming the file, FileNotFoundError."""
+        from .storage import load_proxy
+
+        return load_proxy(path)
+
+    @staticmethod
+    def bundled(num_classes: int) -> EdgeProxy:
+        """The universal proxy that comes with the package, cut to `num_classes` (1 to 256) classes."""
+        from .storage import bundled_proxy
+
+        return bundled_proxy(num_classes)
+
+    def why_not_fused(self) -> str | None:
+        """Why the fused kernels cannot run this network, or None if they can."""
+        return why_not_fused(self.weights, *self._geometry())
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int]]:
+        return (
+            [layer.stride for layer in self.layers],
+            [layer.dilation for layer in self.layers],
+            [layer.pool for layer in self.layers],
+        )
+
+    def _check_input(self, probs: Tensor) -> None:
+        if probs.dim() != 4 or probs.shape[1] != self.num_classes:
+            raise ValueError(
+                f"this proxy takes probabilities of shape [N,{self.num_classes},H,W], got {list(probs.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        chain = " -> ".join(str(c) for c in (self.num_classes, *self.widths, self.edge_classes))
+        return f"{chain}, tap={self.tap!r}, distance={self.distance!r}, layer_weights={self.layer_weights}"
+
+
+def why_not_fused(
+    weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int], pools: Sequence[int]
+) -> str | None:
+    """Why the fused kernels cannot run a network of these layers, or None if they can."""
+    if not 2 <= len(weights) <= MAX_FUSED_LAYERS:
+        return f"the proxy has {len(weights)} layers; the fused kernels take 2 to {MAX_FUSED_LAYERS}"
+    for number, weight in enumerate(weights):
+        if weight.shape[0] > MAX_FUSED_CHANNELS:
+            return (
+                f"the proxy's layer {number} has {weight.shape[0]} channels; "
+                f"the fused kernels take up to {MAX_FUSED_CHANNELS}"
+            )
+        if strides[number] != 1 or dilations[number] != 1 or pools[number] != 0:
+            return f"the proxy's layer {number} has a stride, a dilation or a pooling; the fused kernels take none"
+    return None
+
+
+def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) -> tuple[float, ...]:
+    """The layer weights as floats, all 1 by default; ValueError if they are not one finite number >= 0 a layer."""
+    if layer_weights is None:
+        return (1.0,) * num_layers
+    values = tuple(float(w) for w in layer_weights)
+    if len(values) != num_layers:
+        raise ValueError(
+            f"layer_weights must hold one number a layer: the proxy has {num_layers} layers, got {len(values)}"
+        )
+    if not all(0 <= w < float("inf") for w in values):
+        raise ValueError(f"layer_weights must be finite and not negative, got {values}")
+    return values
+
+
+def _positive(name: str, values: Sequence[float], num_layers: int) -> tuple[float, ...]:
+    scales = tuple(float(s) for s in values)
+    if name not in DISTANCES or len(scales) != num_layers or not all(0 < s < float("inf") for s in scales):
+        raise ValueError(
+            f"scales must map a distance to {num_layers} positive numbers, got {name!r}: {scales}"
+        )
+    return scales
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _initial_weight(layer: ProxyLayer, first: bool, generator: torch.Generator) -> Tensor:
+    """He initialisation; the first layer sees a one-hot map, where one channel a pixel is on, not all."""
+    shape = (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
+    fan_in = layer.kernel_size**2 * (1 if first else layer.in_channels)
+    return torch.randn(shape, generator=generator) * (2.0 / fan_in) ** 0.5

@@ -1,0 +1,363 @@
+"""train_proxy: an edge detector trained on ground-truth masks only, then frozen.
+
+After Chen, Dapogny, Cord (2020): the network sees a perturbed one-hot map of a mask and predicts which pixels
+lie at a semantic edge. One process, several, and many nodes run the same code through Accelerate.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import missing_extra
+from ..reference import not_ignored
+from .edges import edge_labels
+from .network import EdgeProxy
+from .quality import edge_quality, measure_scales
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+VOID = -1  # the void label inside this module, whatever the caller's ignore_index is
+AUTO_PEAK = 0.9
+_CACHE_BYTES = 512 * 2**20
+
+
+def train_proxy(
+    masks: Tensor | str | os.PathLike[str] | Dataset[Any],
+    num_classes: int,
+    *,
+    ignore_index: int = -100,
+    val_masks: Tensor | str | os.PathLike[str] | Dataset[Any] | None = None,
+    val_fraction: float = 0.1,
+    widths: Sequence[int] = (16, 32),
+    kernel_size: int = 3,
+    tap: str = "pre",
+    distance: str = "l1",
+    layer_weights: Sequence[float] | None = None,
+    radius: int = 1,
+    void: str = "mask",
+    noise: float = 0.1,
+    temperature: float | str = "auto",
+    steps: int = 1200,
+    batch_size: int = 16,
+    crop_size: int = 48,
+    lr: float = 3e-2,
+    seed: int = 0,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> EdgeProxy:
+    """Train an EdgeProxy on masks, measure it on held-out ones, and return it.
+
+    The network's input is softmax((onehot + noise * N(0, 1)) / temperature): the perturbation of public
+    SEMEDA implementations, with a temperature, since for many classes softmax(onehot) is nearly uniform
+    (its peak is e / (e + C - 1): 0.12 for 21 classes), while the loss feeds true one-hot maps.
+
+    Args:
+        masks: [M,H,W] integer labels, the path of a folder of mask files, or a Dataset of [H,W] masks.
+        num_classes: C; labels are 0..C-1 or ignore_index.
+        val_masks: held-out masks; default: `val_fraction` of `masks`, drawn by `seed`.
+        widths, kernel_size, tap, distance, layer_weights: of the EdgeProxy.
+        radius: of the edge labels, in pixels.
+        void: "mask" feeds void pixels as the zero vector, as the loss does, and leaves them out of training;
+            "nearest" fills them with the nearest label first (needs scipy).
+        noise: standard deviation of the noise on the one-hot map.
+        temperature: of the softmax, or "auto": the one at which a pixel without noise has probability 0.9.
+        steps, batch_size, crop_size, lr: of the training; batch_size counts all processes together, crop_size
+            is in pixels. Adam, one-cycle learning rate with peak `lr`.
+        seed: two runs with the same seed on the same machine give the same proxy.
+        progress: show a progress bar.
+        accelerator: an accelerate.Accelerator to use in place of a new one.
+
+    Returns:
+        an EdgeProxy on the CPU, with `scales`, `quality` (edge F1, precision and recall on the held-out
+        masks, clean input) and `provenance` (all of the above) filled in.
+
+    Raises:
+        ValueError, TypeError: options out of range, masks without edges, labels out of range.
+        MaskFileError, FileNotFoundError: a folder or a file in it cannot be used.
+        MissingExtraError: accelerate or tqdm (or Pillow, for a folder) is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise missing_extra("train_proxy", error.name or "accelerate", "train") from error
+    if num_classes < 2:
+        raise ValueError(f"a proxy tells classes apart: num_classes must be at least 2, got {num_classes}")
+    if void not in ("mask", "nearest"):
+        raise ValueError(f"void must be 'mask' or 'nearest', got {void!r}")
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("crop_size", crop_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= noise < math.inf or not lr > 0:
+        raise ValueError(f"noise must be >= 0 and lr > 0, got {noise} and {lr}")
+    heat = resolve_temperature(temperature, num_classes)
+
+    train, val, held_out = _split(masks, val_masks, num_classes, ignore_index, val_fraction, seed)
+    proxy = EdgeProxy(
+        num_classes,
+        widths,
+        kernel_size=kernel_size,
+        tap=tap,
+        distance=distance,
+        layer_weights=layer_weights,
+        seed=seed,
+    )
+    if accelerator is None:
+        accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of the {accelerator.num_processes} processes it is dealt to"
+        )
+    crops = _Crops(train, steps * batch_size, crop_size, seed, fill_void=void == "nearest")
+    split = getattr(accelerator, "split_batches", False)
+    per_loader = batch_size if split else batch_size // accelerator.num_processes
+    network = _trainable(proxy)
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    network, optimizer, loader = accelerator.prepare(network, optimizer, DataLoader(crops, per_loader))
+    generator = torch.Generator(accelerator.device).manual_seed(seed * 1_000_003 + accelerator.process_index)
+
+    started = time.perf_counter()
+    edge_pixels = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    bar = tqdm(
+        loader, total=steps, desc="train proxy", disable=not (progress and accelerator.is_main_process)
+    )
+    for step, labels in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * one_cycle(step / steps)
+        edges = edge_labels(labels, radius=radius, ignore_index=VOID)
+        edge_pixels += edges.sum()
+        probs = perturbed(labels, num_classes, noise, heat, generator)
+        loss = F.cross_entropy(
+            network(probs), torch.where(labels == VOID, VOID, edges.long()), ignore_index=VOID
+        )
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        if step % 20 == 0 and not bar.disable:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    if int(accelerator.reduce(edge_pixels)) == 0:
+        raise ValueError(
+            "the masks hold no edge: no crop has two classes side by side; check num_classes and masks"
+        )
+
+    trained = _frozen(proxy, cast(nn.Sequential, accelerator.unwrap_model(network)))
+    quality = edge_quality(trained, val, radius=radius, ignore_index=VOID)
+    return trained.annotated(
+        scales=measure_scales(trained, val, ignore_index=VOID),
+        quality={**quality, "held_out": held_out},
+        provenance={
+            "trained": True,
+            "masks": describe(masks),
+            "mask_count": len(train),  # type: ignore[arg-type]
+            "edge_radius": radius,
+            "void": void,
+            "noise": noise,
+            "temperature": heat,
+            "steps": steps,
+            "batch_size": batch_size,
+            "crop_size": crop_size,
+            "lr": lr,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 1),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def resolve_temperature(temperature: float | str, num_classes: int) -> float:
+    """The temperature as a number: "auto" makes softmax(onehot / T) peak at AUTO_PEAK.
+
+    e^(1/T) / (e^(1/T) + C - 1) = peak  =>  T = 1 / ln(peak / (1 - peak) * (C - 1)).
+    """
+    if isinstance(temperature, str):
+        if temperature != "auto":
+            raise ValueError(f"temperature must be a positive number or 'auto', got {temperature!r}")
+        return 1.0 / math.log(AUTO_PEAK / (1 - AUTO_PEAK) * (num_classes - 1))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number or 'auto', got {temperature}")
+    return float(temperature)
+
+
+def perturbed(
+    labels: Tensor, num_classes: int, noise: float, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """softmax((onehot + noise * N(0, 1)) / temperature) of labels [N,H,W], zero at void: [N,C,H,W] fp32."""
+    n, h, w = labels.shape
+    valid = labels != VOID
+    x = torch.empty((n, num_classes, h, w), device=labels.device).normal_(0.0, noise, generator=generator)
+    x.scatter_add_(1, torch.where(valid, labels, 0).unsqueeze(1), torch.ones_like(x[:, :1]))
+    return torch.softmax(x / temperature, dim=1) * valid.unsqueeze(1)
+
+
+def one_cycle(progress: float) -> float:
+    """Share of the peak learning rate: up over the first tenth, then down to 0 by a cosine."""
+    if progress < 0.1:
+        return 0.1 + 9 * progress
+    return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+
+
+def describe(masks: object) -> str:
+    """What the masks are, for the provenance; a folder by its last two names, not by its full path."""
+    if isinstance(masks, (str, os.PathLike)):
+        return "folder " + "/".join(os.path.normpath(os.path.abspath(masks)).split(os.sep)[-2:])
+    if isinstance(masks, Tensor):
+        return f"tensor {list(masks.shape)}"
+    return getattr(masks, "description", type(masks).__name__)
+
+
+class _Masks(Dataset[Tensor]):
+    """Any source of masks as int16 [H,W] with VOID for void; checked, and kept in memory while that is small."""
+
+    def __init__(self, source: Any, num_classes: int, ignore_index: int) -> None:
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        if isinstance(source, (str, os.PathLike)):
+            from .masks import MaskFolder
+
+            source = MaskFolder(source, num_classes=num_classes, ignore_index=ignore_index)
+        elif isinstance(source, Tensor) and source.dim() != 3:
+            raise ValueError(f"masks as a tensor must have the shape [M,H,W], got {list(source.shape)}")
+        elif not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+            raise TypeError(
+                f"masks must be a tensor [M,H,W], a folder or a Dataset with a length, got {type(source).__name__}"
+            )
+        if len(source) == 0:
+            raise ValueError("there is no mask to train on: masks is empty")
+        self.source = source
+        self.cache: dict[int, Tensor] = {}
+        self.free = _CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index in self.cache:
+            return self.cache[index]
+        mask = torch.as_tensor(self.source[index])
+        if mask.dim() != 2 or mask.is_floating_point():
+            raise ValueError(
+                f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}"
+            )
+        valid = not_ignored(mask, self.ignore_index)
+        labels = torch.where(valid, mask.long(), 0)
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"mask {index} holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to "
+                f"{self.num_classes - 1} or ignore_index={self.ignore_index}; check num_classes and ignore_index"
+            )
+        result = torch.where(valid, labels, VOID).to(torch.int16)
+        size = result.numel() * result.element_size()
+        if size <= self.free:
+            self.free -= size
+            self.cache[index] = result
+        return result
+
+
+class _Subset(Dataset[Tensor]):
+    """Some masks of a _Masks."""
+
+    def __init__(self, masks: Dataset[Tensor], indices: list[int]) -> None:
+        self.masks, self.indices = masks, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.masks[self.indices[index]]
+
+
+class _Crops(Dataset[Tensor]):
+    """Random crops with flips, int64; crop i depends only on (seed, i), whoever asks for it."""
+
+    def __init__(self, masks: Dataset[Tensor], length: int, size: int, seed: int, *, fill_void: bool) -> None:
+        self.masks, self.length, self.size, self.seed, self.fill_void = masks, length, size, seed, fill_void
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index >= self.length:
+            raise IndexError(index)
+        generator = torch.Generator().manual_seed((self.seed << 32) + index)
+
+        def draw(below: int) -> int:
+            return int(torch.randint(below, (), generator=generator))
+
+        mask = self.masks[draw(len(self.masks))]  # type: ignore[arg-type]
+        size = self.size
+        top, left = (draw(max(1, extent - size + 1)) for extent in mask.shape)
+        crop = mask[top : top + size, left : left + size]
+        if self.fill_void:
+            crop = _fill_nearest(crop)
+        if draw(2):
+            crop = crop.flip(1)
+        if draw(2):
+            crop = crop.flip(0)
+        # Masks smaller than a crop are surrounded by void, which the loss shows as zeros, like its padding.
+        full = torch.full((size, size), VOID, dtype=torch.int64)
+        full[: crop.shape[0], : crop.shape[1]] = crop
+        return full
+
+
+def _fill_nearest(mask: Tensor) -> Tensor:
+    """Void pixels take the label of the nearest valid pixel (Euclidean); a mask of void alone stays as it is."""
+    try:
+        from scipy.ndimage import distance_transform_edt
+    except ImportError as error:
+        raise missing_extra("void='nearest'", "scipy", "train") from error
+    void = mask == VOID
+    if not bool(void.any()) or bool(void.all()):
+        return mask
+    rows, columns = distance_transform_edt(void.numpy(), return_distances=False, return_indices=True)
+    return mask[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
+
+
+def _split(
+    masks: Any, val_masks: Any, num_classes: int, ignore_index: int, val_fraction: float, seed: int
+) -> tuple[Dataset[Tensor], Dataset[Tensor], bool]:
+    """Training masks, validation masks, and whether the latter were held out."""
+    train = _Masks(masks, num_classes, ignore_index)
+    if val_masks is not None:
+        return train, _Masks(val_masks, num_classes, ignore_index), True
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
+    held = min(len(train) - 1, math.ceil(val_fraction * len(train)))
+    if held == 0:
+        return train, train, False
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    return _Subset(train, sorted(order[held:])), _Subset(train, sorted(order[:held])), True
+
+
+def _trainable(proxy: EdgeProxy) -> nn.Sequential:
+    """The proxy's network with parameters instead of buffers, the same initial values."""
+    modules: list[nn.Module] = []
+    for layer, weight, bias in zip(proxy.layers, proxy.weights, proxy.biases, strict=True):
+        conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding="same")
+        with torch.no_grad():
+            conv.weight.copy_(weight)
+            cast(Tensor, conv.bias).copy_(bias)
+        modules += [conv, nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
+
+
+def _frozen(proxy: EdgeProxy, network: nn.Sequential) -> EdgeProxy:
+    """`proxy` with the weights of its trained network."""
+    convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
+    return EdgeProxy.from_tensors(
+        proxy.layers,
+        [conv.weight.detach().cpu() for conv in convolutions],
+        [cast(Tensor, conv.bias).detach().cpu() for conv in convolutions],
+        tap=proxy.tap,
+        distance=proxy.distance,
+        layer_weights=proxy.layer_weights,
+    )

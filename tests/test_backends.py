@@ -1,0 +1,134 @@
+"""Choosing a backend: by name or not at all, automatically and visibly, from metadata alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from conftest import registered_cases
+from helpers import VOID, make_inputs, make_proxy
+from torch import Tensor
+
+from semeda_fast import SemedaLoss, backend_info, backends, reference
+from semeda_fast.errors import BackendUnavailableError
+from semeda_fast.spec import LossSpec, LossTerms
+
+
+@pytest.fixture
+def calls() -> Iterator[list[str]]:
+    """A fused backend that counts its calls, joined by registering its name."""
+    made: list[str] = []
+
+    def run(
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        spec: LossSpec,
+    ) -> LossTerms:
+        made.append(spec.distance)
+        return reference.loss_terms(logits, target, valid, class_weight, weights, biases, spec)
+
+    def unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+        return "it has no l2 distance" if spec.distance == "l2" else None
+
+    backends.register(backends.Backend("twin", run, ("cpu",), why_unsupported=unsupported, fused=True))
+    yield made
+    backends.unregister("twin")
+    backends._fallbacks.clear()
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_a_named_backend_that_is_missing_raises(name: str) -> None:
+    status = {s.name: s for s in backend_info().backends}[name]
+    if status.available:
+        pytest.skip(f"backend {name} is available here")
+    with pytest.raises(BackendUnavailableError, match=f"'{name}' is not available: .*; use backend="):
+        SemedaLoss(make_proxy(), backend=name)
+
+
+def test_auto_is_visible() -> None:
+    info = backend_info()
+    assert {s.name for s in info.backends} >= {"reference", "cpu", "triton", "cuda"}
+    assert all(bool(s.reason) != s.available for s in info.backends)
+    assert set(info.auto) == {"cpu", "cuda"}
+    assert info.auto["cpu"] in backends.available_names("cpu")
+    text = str(info)
+    assert "reference" in text
+    assert "auto: cpu -> " in text
+
+
+def test_a_backend_joins_by_registering(calls: list[str]) -> None:
+    assert ("twin", "cpu") in registered_cases()
+    assert backend_info().auto["cpu"] == "twin"
+    logits, target = make_inputs()
+    loss = SemedaLoss(make_proxy(), ignore_index=VOID)(logits, target)
+    assert calls == ["l1"]
+    assert torch.equal(loss, SemedaLoss(make_proxy(), ignore_index=VOID, backend="reference")(logits, target))
+    assert calls == ["l1"]
+
+
+def test_auto_falls_back_and_says_so_once(calls: list[str]) -> None:
+    criterion = SemedaLoss(make_proxy(), distance="l2", ignore_index=VOID)
+    with pytest.warns(UserWarning, match="slower reference backend: it has no l2 distance"):
+        criterion(*make_inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(*make_inputs())
+    assert calls == []
+    assert backend_info().fallbacks == ("it has no l2 distance",)
+    assert "fell back to reference: it has no l2 distance" in str(backend_info())
+
+
+def test_a_named_backend_never_falls_back(calls: list[str]) -> None:
+    criterion = SemedaLoss(make_proxy(), distance="l2", ignore_index=VOID, backend="twin")
+    with pytest.raises(ValueError, match="backend 'twin' cannot do this: it has no l2 distance"):
+        criterion(*make_inputs())
+
+
+def test_a_wide_proxy_runs_on_the_reference_and_says_so_once() -> None:
+    backends._fallbacks.clear()
+    criterion = SemedaLoss(make_proxy(widths=(65, 4)), ignore_index=VOID)
+    with pytest.warns(UserWarning, match="layer 0 has 65 channels"):
+        wide = criterion(*make_inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(*make_inputs())
+        SemedaLoss(make_proxy(), ignore_index=VOID)(*make_inputs())
+    named = SemedaLoss(make_proxy(widths=(65, 4)), ignore_index=VOID, backend="reference")
+    assert torch.equal(wide, named(*make_inputs()))
+    backends._fallbacks.clear()
+
+
+def test_the_choice_survives_compilation(calls: list[str]) -> None:
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*make_inputs()), criterion(*make_inputs()))
+    assert "l1" in calls
+
+
+def test_auto_is_no_name_to_register() -> None:
+    with pytest.raises(ValueError, match="auto"):
+        backends.register(backends.Backend("auto", None))
+
+
+def test_import_needs_no_gpu_no_triton_and_no_compiler() -> None:
+    """Importing must not even look for a device."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "torch.cuda._lazy_init = lambda: (_ for _ in ()).throw(RuntimeError('touched the GPU'))\n"
+        "import semeda_fast\n"
+        "print(semeda_fast.backend_info())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout

@@ -1,0 +1,308 @@
+"""torch.compile without graph breaks, gradcheck, opcheck, second derivatives, determinism, no hidden state."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import Case
+from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy, relative_error, value_and_grad
+from torch import Tensor
+
+from semeda_fast import SemedaLoss, backends, semeda_loss
+
+# Compiled code may fuse and reorder; equal is judged as for another backend.
+COMPILED = 1e-6
+
+
+def compare(compiled: torch.nn.Module, eager: torch.nn.Module, logits: Tensor, target: Tensor) -> None:
+    a, b = value_and_grad(compiled, logits, target), value_and_grad(eager, logits, target)
+    assert relative_error(a[0], b[0]) < COMPILED
+    assert relative_error(a[1], b[1]) < 10 * COMPILED
+    assert a[1].dtype == logits.dtype
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_static(case: Case, reduction: str) -> None:
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, reduction=reduction, backend=case.backend).to(
+        case.device
+    )
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=False)
+    compare(compiled, criterion, *make_inputs(device=case.device))
+    channels_last, target = make_inputs(device=case.device, labels=torch.uint8, seed=3)
+    compare(compiled, criterion, channels_last.detach().to(memory_format=torch.channels_last), target)
+
+
+def test_compile_dynamic(case: Case) -> None:
+    """Equal to eager at every size. A fused backend must not recompile; PyTorch's own compiled convolutions do
+    (on a CPU, with a gradient, the compiler fixes their sizes), and the reference is made of those."""
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True)
+    compare(compiled, criterion, *make_inputs(device=case.device))
+    stance = "default" if case.backend == "reference" else "fail_on_recompile"
+    with torch.compiler.set_stance(stance):
+        for n, h, w in ((3, 9, 8), (2, 30, 11)):
+            compare(compiled, criterion, *make_inputs(n=n, h=h, w=w, device=case.device))
+
+
+def test_compile_reduce_overhead_and_the_bundled_proxy(case: Case) -> None:
+    criterion = SemedaLoss(num_classes=21, ignore_index=VOID, backend=case.backend).to(case.device)
+    compiled = torch.compile(criterion, fullgraph=True, mode="reduce-overhead")
+    compare(compiled, criterion, *make_inputs(c=21, n=1, device=case.device))
+
+
+def test_compile_with_a_tensor_lambda_does_not_recompile(case: Case) -> None:
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(
+        make_proxy(), ignore_index=VOID, lambda_semeda=torch.tensor(0.5), backend=case.backend
+    ).to(case.device)
+    compiled = torch.compile(criterion, fullgraph=True)
+    compare(compiled, criterion, logits, target)
+    before = float(compiled(logits, target))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert isinstance(criterion.lambda_semeda, Tensor)
+        criterion.lambda_semeda.fill_(2.0)
+        compare(compiled, criterion, logits, target)
+        criterion.lambda_semeda = torch.tensor(3.0, device=case.device)
+        compare(compiled, criterion, logits, target)
+    assert float(compiled(logits, target)) > 2 * before
+
+
+def test_the_functional_form_compiles(case: Case) -> None:
+    proxy = make_proxy().to(case.device)
+
+    @torch.compile(fullgraph=True)
+    def step(logits: Tensor, target: Tensor) -> Tensor:
+        result = semeda_loss(
+            logits * 1.0, target, proxy, ignore_index=VOID, backend=case.backend, return_components=True
+        )
+        return result.loss + 0 * result.per_layer.sum()
+
+    logits, target = make_inputs(device=case.device)
+    expected = semeda_loss(logits, target, proxy, ignore_index=VOID, backend=case.backend)
+    assert relative_error(step(logits, target), expected) < COMPILED
+
+
+def test_a_bad_label_is_found_in_compiled_code(case: Case) -> None:
+    if case.device != "cpu":
+        pytest.skip("a device-side assert would end this process's use of the device; see the GPU tests")
+    logits, target = make_inputs(void=0.0)
+    compiled = torch.compile(SemedaLoss(make_proxy(), backend=case.backend), fullgraph=True)
+    compiled(logits, target)
+    with pytest.raises(ValueError, match="labels outside"):
+        compiled(logits, torch.full_like(target, NUM_CLASSES))
+
+
+def test_compiled_with_a_network_in_front(case: Case) -> None:
+    """One graph of network and loss, as a compiled training step has it."""
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(3, NUM_CLASSES, 1).to(case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+
+    def step(image: Tensor, target: Tensor) -> Tensor:
+        return criterion(network(image), target)
+
+    image = torch.randn(2, 3, 13, 17, device=case.device)
+    _, target = make_inputs(device=case.device)
+    grads = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        network.zero_grad()
+        run(image, target).backward()
+        assert network.weight.grad is not None
+        grads.append(network.weight.grad.clone())
+    assert relative_error(grads[1], grads[0]) < 10 * COMPILED
+
+
+@pytest.mark.parametrize("tap", ["pre", "post"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(case: Case, tap: str, distance: str, reduction: str) -> None:
+    if case.backend != "reference":
+        pytest.skip("gradcheck needs fp64, which only the reference computes in")
+    logits, target = make_inputs(n=1, h=4, w=5, dtype=torch.float64, device=case.device)
+    criterion = SemedaLoss(
+        make_proxy(tap=tap, distance=distance),
+        ignore_index=VOID,
+        reduction=reduction,
+        label_smoothing=0.1,
+        weight=torch.rand(NUM_CLASSES) + 0.5,
+        backend=case.backend,
+    ).to(case.device)
+    assert torch.autograd.gradcheck(lambda z: criterion(z, target), logits)
+
+
+@pytest.mark.parametrize("options", [{"mode": "binary"}, {"from_logits": False}])
+def test_gradcheck_of_the_modes(case: Case, options: dict[str, object]) -> None:
+    if case.backend != "reference":
+        pytest.skip("gradcheck needs fp64, which only the reference computes in")
+    binary = options.get("mode") == "binary"
+    logits, target = make_inputs(
+        n=1,
+        c=1 if binary else 3,
+        h=4,
+        w=4,
+        num_labels=2 if binary else 3,
+        dtype=torch.float64,
+        device=case.device,
+    )
+    if not binary:
+        logits = logits.detach().softmax(1).requires_grad_()
+    criterion = SemedaLoss(make_proxy(2 if binary else 3), ignore_index=VOID, backend=case.backend, **options)
+    criterion.to(case.device)
+    assert torch.autograd.gradcheck(lambda z: criterion(z, target), logits)
+
+
+def test_second_derivatives(case: Case) -> None:
+    """The reference has them; any other backend must say that it does not."""
+    logits, target = make_inputs(n=1, h=4, w=4, dtype=torch.float64, device=case.device)
+    criterion = SemedaLoss(make_proxy(distance="l2"), ignore_index=VOID, backend=case.backend).to(case.device)
+    if case.backend == "reference":
+        assert torch.autograd.gradgradcheck(lambda z: criterion(z, target), logits)
+        return
+    z = logits.detach().float().requires_grad_()
+    (grad,) = torch.autograd.grad(criterion(z, target), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_opcheck(case: Case) -> None:
+    logits, target = make_inputs(device=case.device)
+    proxy = make_proxy().to(case.device)
+    for per_pixel, labels in ((False, torch.int64), (True, torch.uint8)):
+        arguments = (
+            logits,
+            target.to(labels),
+            torch.rand(target.shape, device=case.device) < 0.9,
+            torch.rand(NUM_CLASSES, device=case.device),
+            proxy.weights,
+            proxy.biases,
+            [1.0, 0.5, 2.0],
+            [1.0, 2.0, 3.0],
+            [1, 1, 1],
+            [1, 1, 1],
+            [0, 0, 0],
+            "pre",
+            "l1",
+            VOID,
+            0.1,
+            "multiclass",
+            True,
+            per_pixel,
+            "auto",
+            case.backend,
+        )
+        results = torch.library.opcheck(torch.ops.semeda_fast.loss_terms.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+    check = (logits.detach(), target, None, VOID, "multiclass", True, False)
+    assert set(torch.library.opcheck(torch.ops.semeda_fast.check_values.default, check).values()) == {
+        "SUCCESS"
+    }
+
+
+def test_two_runs_are_bit_equal(case: Case) -> None:
+    logits, target = make_inputs(n=3, h=65, w=67, device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    first = value_and_grad(criterion, logits, target)
+    for _ in range(3):
+        again = value_and_grad(criterion, logits, target)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+def test_deterministic_algorithms(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    expected = value_and_grad(criterion, logits, target)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN, too
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss, grad = value_and_grad(criterion, logits, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+def test_inputs_are_never_modified(case: Case) -> None:
+    logits, target = make_inputs(device=case.device)
+    proxy = make_proxy().to(case.device)
+    copies = [t.detach().clone() for t in (logits, target, *proxy.weights, *proxy.biases)]
+    versions = [t._version for t in (logits, target)]
+    SemedaLoss(proxy, ignore_index=VOID, backend=case.backend).to(case.device)(logits, target).backward()
+    for before, after in zip(copies, (logits, target, *proxy.weights, *proxy.biases), strict=True):
+        assert torch.equal(before, after)
+    assert [t._version for t in (logits, target)] == versions
+
+
+def test_logits_may_feed_other_losses(case: Case) -> None:
+    logits, target = make_inputs(void=0.0, device=case.device)
+    criterion = SemedaLoss(make_proxy(), backend=case.backend).to(case.device)
+    _, grad = value_and_grad(criterion, logits, target)
+    leaf = logits.detach().clone().requires_grad_()
+    hidden = leaf * 1.0
+    other = torch.nn.functional.cross_entropy(hidden, target)
+    (other_grad,) = torch.autograd.grad(other, leaf, retain_graph=True)
+    (criterion(hidden, target) + other).backward()
+    torch.testing.assert_close(leaf.grad, grad + other_grad)
+
+
+def test_backward_twice_with_retain_graph(case: Case) -> None:
+    logits, target = make_inputs(device=case.device)
+    loss = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)(logits, target)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(first, second)
+
+
+def test_no_gradient_asked_for(case: Case) -> None:
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    with torch.no_grad():
+        loss = criterion(logits, target)
+    assert not loss.requires_grad
+    assert torch.equal(loss, criterion(logits, target).detach())
+    with torch.inference_mode():
+        assert torch.equal(loss, criterion(logits.detach().clone(), target))
+
+
+def test_components_are_detached_and_add_up(case: Case) -> None:
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(
+        make_proxy(),
+        ignore_index=VOID,
+        lambda_ce=0.5,
+        lambda_semeda=2.0,
+        layer_weights=(1, 0, 3),
+        backend=case.backend,
+    ).to(case.device)
+    result = criterion(logits, target, return_components=True)
+    assert result._fields == ("loss", "ce", "semeda", "per_layer", "valid_count")
+    assert result.loss.requires_grad
+    assert not any(value.requires_grad for value in result[1:])
+    assert {value.device.type for value in result} == {case.device}
+    torch.testing.assert_close(result.loss.detach(), 0.5 * result.ce + 2 * result.semeda)
+    torch.testing.assert_close(result.semeda, result.per_layer[0] + 3 * result.per_layer[2])
+    assert torch.equal(result.loss, criterion(logits, target))
+
+
+def test_uninitialised_memory_is_never_read(case: Case) -> None:
+    """Fresh memory filled with NaN (torch's own switch) must not reach any result."""
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, reduction="none", backend=case.backend).to(
+        case.device
+    )
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        loss, grad = value_and_grad(criterion, logits, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(grad).all()
+
+
+def test_the_case_list_comes_from_the_registry(case: Case) -> None:
+    assert case.backend in backends.available_names(case.device)

@@ -1,0 +1,342 @@
+"""What is installed: the wheel's content, every build mode, and the imports that a plain install may do."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from semeda_fast import native
+from semeda_fast.native import native_info
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it there
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SOURCE = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "semeda_fast", "kernels", "csrc")
+
+
+def source_version() -> str:
+    """`__version__` as written in semeda_fast/__init__.py."""
+    tree = ast.parse((ROOT / "semeda_fast" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return ast.literal_eval(node.value)
+    raise AssertionError("semeda_fast/__init__.py has no literal __version__")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the source tree without anything built in it."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
+    for name in SOURCE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    (copy / "README.md").write_text("the metadata wants one\n")
+    return copy
+
+
+def build(source: Path, what: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one hook of the build backend in `source`, as pip does; the result lands in source/dist."""
+    hook = f"from setuptools import build_meta; build_meta.build_{what}('dist')"
+    (source / "dist").mkdir(exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("SEMEDA_FAST_BUILD", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, "-c", hook],
+        cwd=source,
+        env=environment | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def unpack(source: Path) -> Path:
+    """Unpack the one wheel in source/dist into a folder that stands for site-packages."""
+    [wheel] = (source / "dist").glob("*.whl")
+    site = source.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def python(code: str, folder: Path, site: Path) -> str:
+    """Run `code` where `site` is on the path as site-packages would be; its output."""
+    start = OUT_OF_THE_WAY + f"sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", start + code],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# The environment of the tests may hold an editable install of this very package.
+OUT_OF_THE_WAY = """
+import site, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+
+# Builds with no compiler that could be found: CC and CXX name nothing, and the PATH is empty.
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/nonexistent"}
+
+# One copy of the package, whose kernels are semeda_fast.kernels and nothing else.
+CHECK_KERNELS = """
+import importlib.util, pathlib, sys
+import semeda_fast, semeda_fast.kernels
+home = pathlib.Path({home!r}).resolve()
+assert home in pathlib.Path(semeda_fast.__file__).resolve().parents, semeda_fast.__file__
+assert home in pathlib.Path(semeda_fast.kernels.__file__).resolve().parents, semeda_fast.kernels.__file__
+assert importlib.util.find_spec("kernels") is None, "kernels can be imported as a second module"
+assert "triton" not in sys.modules
+"""
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = source_version()
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab.]\w+)?", version)
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    import semeda_fast
+
+    assert semeda_fast.__version__ == version
+
+
+def test_dependencies_are_three_and_the_build_needs_no_torch() -> None:
+    assert PROJECT["dependencies"] == ["torch>=2.9", "numpy", "safetensors"]
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert {Requirement(line).name for line in requires} == {"setuptools", "pybind11"}
+
+
+def test_every_dependency_is_pinned_for_ci() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
+    pinned = {canonicalize_name(pin.name) for pin in pins}
+    extras = PROJECT["optional-dependencies"]
+    wanted = [Requirement(line) for group in (PROJECT["dependencies"], *extras.values()) for line in group]
+    names = {canonicalize_name(wish.name) for wish in wanted} - {"semeda-fast"}
+    assert names <= pinned, f"not in constraints.txt: {sorted(names - pinned)}"
+
+
+def test_import_needs_torch_numpy_and_safetensors_only(tmp_path: Path) -> None:
+    """Everything outside the three packages and what they require cannot be imported in the child."""
+    allowed: set[str] = set()
+    waiting = ["torch", "numpy", "safetensors"]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in allowed:
+            continue
+        allowed.add(name)
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform or Python
+        for requirement in map(Requirement, requires):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    blocked = {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & (allowed | {"semeda-fast"})
+    }
+    assert {"PIL", "tqdm", "accelerate", "torchmetrics", "matplotlib", "typer", "scipy"} <= blocked
+    code = f"""
+import json, sys
+blocked = set(json.loads({json.dumps(sorted(blocked))!r}))
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, {str(ROOT)!r})
+import semeda_fast
+from semeda_fast import SemedaLoss, semeda_loss, EdgeProxy, train_proxy, backend_info
+import semeda_fast.native
+semeda_fast.native.native_info()
+print(json.dumps(sorted(blocked & {{name.partition(".")[0] for name in sys.modules}})))
+"""
+    assert json.loads(python(code, tmp_path, tmp_path)) == []
+
+
+def test_mode_none_builds_a_pure_wheel_with_everything_in_it(source: Path, tmp_path: Path) -> None:
+    result = build(source, "wheel", SEMEDA_FAST_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    assert "SEMEDA_FAST_BUILD=none" in result.stderr
+    [wheel] = (source / "dist").iterdir()
+    assert wheel.name == f"semeda_fast-{source_version()}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        content = set(archive.namelist())
+        info = f"semeda_fast-{source_version()}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "py.typed", "proxy/*.py", "proxy/weights/*.safetensors")
+        for path in (ROOT / "semeda_fast").glob(pattern)
+    }
+    expected |= {
+        f"semeda_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")
+    }
+    assert "semeda_fast/py.typed" in expected
+    assert any(name.endswith(".safetensors") for name in expected)
+    assert {name for name in content if not name.startswith(info)} == expected
+    assert f"{info}/licenses/LICENSE" in content
+    assert "semeda-fast = semeda_fast.cli:main" in scripts
+    assert f"Version: {source_version()}" in metadata
+
+    site = unpack(source)
+    code = CHECK_KERNELS.format(home=str(site)) + (
+        "from semeda_fast.native import native_info\n"
+        "info = native_info()\n"
+        "assert not info.available and info.build == {} and info.cpu == {}, info\n"
+        "assert 'SEMEDA_FAST_BUILD=cpu' in info.reason, info.reason\n"
+    )
+    python(code, tmp_path, site)
+
+
+def test_mode_auto_without_a_compiler_builds_and_says_so(source: Path) -> None:
+    result = build(source, "wheel", **NO_COMPILER)
+    assert result.returncode == 0, result.stderr
+    assert "installing without the native module semeda_fast._C" in result.stderr
+    site = unpack(source)
+    assert (site / "semeda_fast" / "kernels" / "__init__.py").is_file()
+    assert list(site.rglob("_C*")) == []
+
+
+def test_mode_cpu_without_a_compiler_fails_and_says_what_to_do(source: Path) -> None:
+    result = build(source, "wheel", SEMEDA_FAST_BUILD="cpu", **NO_COMPILER)
+    assert result.returncode != 0
+    assert "SEMEDA_FAST_BUILD=cpu: the native module did not build" in result.stderr
+    assert "C++17 compiler" in result.stderr
+    assert list((source / "dist").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("gpu", "SEMEDA_FAST_BUILD must be one of auto, cpu, cuda, none; got 'gpu'"),
+        ("cuda", "SEMEDA_FAST_BUILD=cuda: this version of semeda_fast has no CUDA source"),
+    ],
+)
+def test_a_mode_that_cannot_be_served_is_an_error(source: Path, mode: str, message: str) -> None:
+    result = build(source, "wheel", SEMEDA_FAST_BUILD=mode)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_sdist_holds_what_a_build_needs(source: Path) -> None:
+    result = build(source, "sdist", SEMEDA_FAST_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    [archive] = (source / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        content = {name.partition("/")[2] for name in tar.getnames()}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "semeda_fast").rglob("*.safetensors")}
+    assert files | {"pyproject.toml", "setup.py", "LICENSE", "kernels/__init__.py"} <= content
+
+
+def test_editable_install_maps_the_kernels_folder_and_builds_in_place(source: Path, tmp_path: Path) -> None:
+    """The form of `pip install -e .`: the source folder is imported, semeda_fast.kernels from kernels/."""
+    mode = "auto" if shutil.which("c++") or shutil.which("g++") else "none"
+    result = build(source, "editable", SEMEDA_FAST_BUILD=mode)
+    assert result.returncode == 0, result.stderr
+    warnings = re.findall(r"^csrc/.*warning:.*$", result.stdout + result.stderr, re.MULTILINE)
+    assert warnings == []
+    site = unpack(source)
+    code = CHECK_KERNELS.format(home=str(source)) + (
+        "from semeda_fast.native import native_info\n"
+        "import dataclasses, json, torch\n"
+        "torch.set_num_threads(3)\n"
+        "print(json.dumps(dataclasses.asdict(native_info())))\n"
+    )
+    info = json.loads(python(code, tmp_path, site))
+    assert info["available"] == (mode == "auto")
+    if mode == "auto":
+        assert info["build"]["cxx_standard"] >= 201703
+        assert re.match(r"(gcc|clang) \d+\.\d+", info["build"]["compiler"])
+        if info["build"]["compiler"].startswith("gcc"):
+            assert info["build"]["openmp"]
+        # One OpenMP runtime in the process: the one that torch.set_num_threads controls.
+        assert info["build"]["openmp_threads"] == (3 if info["build"]["openmp"] else 1)
+        assert info["build"]["instruction_sets"] == []
+        check_cpu_flags(info["cpu"])
+
+
+def check_cpu_flags(found: dict[str, bool]) -> None:
+    """Compare with what the system says of its processor, where it says it in a file."""
+    x86 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+    arm = {"neon": "asimd", "neon_bf16": "bf16", "sve": "sve"}
+    assert set(found) == x86 | set(arm)
+    if not Path("/proc/cpuinfo").exists():
+        return
+    text = Path("/proc/cpuinfo").read_text()
+    listed = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)).split())
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert {name for name in found if found[name]} == x86 & listed
+    elif platform.machine() == "aarch64":
+        assert {name for name in found if found[name]} == {name for name in arm if arm[name] in listed}
+
+
+def test_native_info_explains_a_module_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never an exception: a broken binary becomes a reason."""
+    real = native.importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> object:
+        if name == "semeda_fast._C":
+            raise ImportError("undefined symbol: omp_get_max_threads")
+        return real(name, package)
+
+    monkeypatch.setattr(native.importlib, "import_module", broken)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
+    native._load.cache_clear()
+    try:
+        info = native_info()
+    finally:
+        native._load.cache_clear()
+    assert not info.available
+    assert "undefined symbol" in info.reason
+    assert "again" in info.reason
+
+
+def test_kernels_refuses_to_be_imported_under_a_second_name(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "try:\n    import kernels\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert "semeda_fast.kernels" in python(code, tmp_path, tmp_path)
+
+
+def test_torch_is_one_that_the_package_accepts() -> None:
+    """The environment of the tests obeys the package's own range."""
+    [torch_range] = [Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch")]
+    assert torch_range.specifier.contains(torch.__version__, prereleases=True)
