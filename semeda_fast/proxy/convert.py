@@ -60,9 +60,7 @@ def from_sequential(
             state, pool = "conv", 0
         elif isinstance(module, nn.BatchNorm2d):
             if state != "conv":
-                raise ValueError(
-                    f"{where} does not follow a convolution directly, so it cannot be folded into one"
-                )
+                raise ValueError(f"{where} does not follow a convolution directly, so it cannot be folded into one")
             weights[-1], biases[-1] = _fold(module, weights[-1], biases[-1], where)
             state = "norm"
         elif isinstance(module, nn.ReLU):
@@ -71,13 +69,9 @@ def from_sequential(
             state = "relu"
         elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
             if state != "relu":
-                raise ValueError(
-                    f"{where} stands between a convolution and its ReLU; move it behind the ReLU"
-                )
+                raise ValueError(f"{where} stands between a convolution and its ReLU; move it behind the ReLU")
             if pool:
-                raise ValueError(
-                    f"{where} follows another pooling; one window of the product's size does the same"
-                )
+                raise ValueError(f"{where} follows another pooling; one window of the product's size does the same")
             pool = _pool(module, where)
         else:
             raise ValueError(
@@ -125,9 +119,7 @@ def _check_convolution(conv: nn.Conv2d, where: str) -> None:
 def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor, where: str) -> tuple[Tensor, Tensor]:
     """conv followed by norm in eval mode as one convolution; computed in fp64, since it is done once."""
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
-            f"{where} has no running statistics (track_running_stats=False), so it cannot be frozen"
-        )
+        raise ValueError(f"{where} has no running statistics (track_running_stats=False), so it cannot be frozen")
     if norm.num_features != weight.shape[0]:
         raise ValueError(
             f"{where} normalises {norm.num_features} channels, but the convolution gives {weight.shape[0]}"
@@ -143,17 +135,11 @@ def _fold(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor, where: str) -> tup
 def _pool(module: nn.MaxPool2d | nn.AvgPool2d, where: str) -> int:
     window, stride = module.kernel_size, module.stride
     size = window if isinstance(window, int) else window[0]
-    plain = (
-        module.padding in (0, (0, 0))
-        and not module.ceil_mode
-        and getattr(module, "dilation", 1) in (1, (1, 1))
-    )
+    plain = module.padding in (0, (0, 0)) and not module.ceil_mode and getattr(module, "dilation", 1) in (1, (1, 1))
     if isinstance(module, nn.AvgPool2d):
         plain = plain and module.divisor_override is None
     if window not in (size, (size, size)) or stride not in (size, (size, size)) or not plain:
-        raise ValueError(
-            f"{where}: only square windows with the same stride, no padding and floor mode can be run"
-        )
+        raise ValueError(f"{where}: only square windows with the same stride, no padding and floor mode can be run")
     if size == 1:
         return 0
     return size if isinstance(module, nn.MaxPool2d) else -size

@@ -28,9 +28,7 @@ def edge_labels(target: Tensor, *, radius: int = 1, ignore_index: int = -100) ->
         TypeError: labels that are not integers.
     """
     if target.is_floating_point() or target.is_complex():
-        raise TypeError(
-            f"edge_labels expects integer labels, got {target.dtype}; argmax a distribution first"
-        )
+        raise TypeError(f"edge_labels expects integer labels, got {target.dtype}; argmax a distribution first")
     if target.dim() not in (2, 3):
         raise ValueError(f"edge_labels expects labels of shape [N,H,W] or [H,W], got {list(target.shape)}")
     if radius < 1:
@@ -39,9 +37,7 @@ def edge_labels(target: Tensor, *, radius: int = 1, ignore_index: int = -100) ->
     valid = not_ignored(labels, ignore_index)
     # Two labels differ within the window exactly if the window's largest and smallest valid label differ.
     # float64 holds every label exactly and is what max_pool2d takes on every device that has it.
-    values = labels.to(
-        torch.float32 if labels.dtype in (torch.uint8, torch.int8, torch.int16) else torch.float64
-    )
+    values = labels.to(torch.float32 if labels.dtype in (torch.uint8, torch.int8, torch.int16) else torch.float64)
     highest = _window_max(torch.where(valid, values, -torch.inf), radius)
     lowest = -_window_max(torch.where(valid, -values, -torch.inf), radius)
     edges = valid & (highest != lowest)

@@ -83,9 +83,7 @@ def read_pair(
     mask = read_mask(mask_path, num_classes=num_classes, ignore_index=ignore_index)
     if image.shape[:2] != mask.shape:
         (ih, iw), (mh, mw) = image.shape[:2], mask.shape
-        turned = (
-            " (one of them is turned by 90 degrees: an EXIF orientation?)" if (ih, iw) == (mw, mh) else ""
-        )
+        turned = " (one of them is turned by 90 degrees: an EXIF orientation?)" if (ih, iw) == (mw, mh) else ""
         raise ValueError(
             f"image and mask differ in size: {image_path} is {iw} x {ih} pixels (width x height), "
             f"{mask_path} is {mw} x {mh}{turned}; resize the mask with nearest neighbour, "
@@ -133,9 +131,7 @@ class MaskFolder(Dataset[torch.Tensor]):
         return torch.from_numpy(mask.astype(np.int64))
 
 
-def pair_files(
-    images_folder: str | os.PathLike[str], masks_folder: str | os.PathLike[str]
-) -> list[tuple[Path, Path]]:
+def pair_files(images_folder: str | os.PathLike[str], masks_folder: str | os.PathLike[str]) -> list[tuple[Path, Path]]:
     """Pair the images of one folder with the masks of another by their path without the extension.
 
     So `images/a/x.jpg` goes with `masks/a/x.png`. The endings `_leftImg8bit` and `_gtFine_labelTrainIds` of
@@ -177,9 +173,7 @@ def _list_files(folder: Path, what: str, extensions: Sequence[str], pattern: str
     for here, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         visited.add(os.path.realpath(here))  # a link back to a folder above would never end
         folders[:] = [
-            f
-            for f in folders
-            if not f.startswith(".") and os.path.realpath(os.path.join(here, f)) not in visited
+            f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(here, f)) not in visited
         ]
         found += [PurePath(here, name).relative_to(folder) for name in files if not name.startswith(".")]
     if pattern is not None:
@@ -194,9 +188,7 @@ def _list_files(folder: Path, what: str, extensions: Sequence[str], pattern: str
             if found
             else "no files at all"
         )
-        raise FileNotFoundError(
-            f"no {what} files in {folder} or below: searched for {searched}; found {inside}"
-        )
+        raise FileNotFoundError(f"no {what} files in {folder} or below: searched for {searched}; found {inside}")
     if what == "mask" and pattern is None:
         chosen = [p for p in chosen if p.stem.endswith(_CITYSCAPES_MASKS)] or chosen
     return [folder / p for p in sorted(chosen, key=lambda p: p.as_posix())]
@@ -213,9 +205,7 @@ def _by_key(folder: Path, what: str, extensions: Sequence[str], endings: Sequenc
         for ending in endings:
             key = key.removesuffix(ending)
         if key in files:
-            raise ValueError(
-                f"two {what} files claim the name {key!r}: {files[key]} and {path}; keep one of them"
-            )
+            raise ValueError(f"two {what} files claim the name {key!r}: {files[key]} and {path}; keep one of them")
         files[key] = path
     return files
 
@@ -255,8 +245,7 @@ def _decode(path: Path, what: str) -> NDArray[Any]:
             raise error(f"{what} file {path} is not an image in a format that Pillow can read") from None
         except Image.DecompressionBombError as cause:
             raise error(
-                f"{what} file {path} is too large: {cause}; "
-                "cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+                f"{what} file {path} is too large: {cause}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
             ) from cause
         # Pillow's decoders raise whatever broken bytes lead to: OSError, SyntaxError, struct.error, ...
         except Exception as cause:
@@ -273,11 +262,7 @@ class _Refused(Exception):
 
 def _labels(image: Any, file: BinaryIO, path: Path) -> NDArray[Any]:
     if image.format not in _MASK_FORMATS:
-        why = (
-            "blends labels along borders"
-            if image.format in ("JPEG", "WEBP", "MPO")
-            else "may rescale its values"
-        )
+        why = "blends labels along borders" if image.format in ("JPEG", "WEBP", "MPO") else "may rescale its values"
         raise _Refused(
             f"mask file {path} is {image.format}, which {why}; save label indices as PNG "
             f"({', '.join(_MASK_FORMATS)} are read)"
@@ -287,13 +272,10 @@ def _labels(image: Any, file: BinaryIO, path: Path) -> NDArray[Any]:
     if image.mode in _COLOUR_MODES:
         raise _Refused(_colour_refusal(image, path))
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise _Refused(
-            f"mask file {path} has mode {image.mode}; expected integers in one channel (modes 1, L, P, I)"
-        )
+        raise _Refused(f"mask file {path} has mode {image.mode}; expected integers in one channel (modes 1, L, P, I)")
     if image.format == "TIFF" and image.tag_v2.get(262) == 0:
         raise _Refused(
-            f"mask file {path} stores white as zero (TIFF photometric 0), so readers invert its labels; "
-            "save it as PNG"
+            f"mask file {path} stores white as zero (TIFF photometric 0), so readers invert its labels; save it as PNG"
         )
     pixels = np.array(image)  # a copy: asarray's result would be read-only, which torch warns of
     if image.mode == "L":
@@ -308,9 +290,7 @@ def _labels(image: Any, file: BinaryIO, path: Path) -> NDArray[Any]:
 def _bits_per_sample(image: Any, file: BinaryIO) -> int:
     if image.format == "TIFF":
         return int(image.tag_v2.get(258, (8,))[0])
-    if (
-        image.format == "PNG"
-    ):  # IHDR is always first: 8 bytes signature, 8 of chunk header, width, height, bit depth
+    if image.format == "PNG":  # IHDR is always first: 8 bytes signature, 8 of chunk header, width, height, bit depth
         file.seek(24)
         return file.read(1)[0]
     return 8
@@ -318,9 +298,7 @@ def _bits_per_sample(image: Any, file: BinaryIO) -> int:
 
 def _colour_refusal(image: Any, path: Path) -> str:
     bands = len(image.getbands())
-    text = (
-        f"mask file {path} has mode {image.mode} ({bands} channels); expected one channel of label indices. "
-    )
+    text = f"mask file {path} has mode {image.mode} ({bands} channels); expected one channel of label indices. "
     if image.mode in ("LA", "La", "PA"):
         return text + "Save it without its alpha channel"
     if image.mode.startswith("RGB"):
@@ -336,8 +314,7 @@ def _colour_refusal(image: Any, path: Path) -> str:
 def _rgb(image: Any, path: Path) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
         raise _Refused(
-            f"image file {path} has mode {image.mode}, more than 8 bits per channel; "
-            "convert it to 8 bits first"
+            f"image file {path} has mode {image.mode}, more than 8 bits per channel; convert it to 8 bits first"
         )
     return np.array(image.convert("RGB"))
 
@@ -350,9 +327,7 @@ def _check_values(mask: NDArray[Any], path: Path, num_classes: int, ignore_index
         return
     values, counts = np.unique(mask[wrong], return_counts=True)
     listed = _first([f"{v} ({n} pixel{'s' if n > 1 else ''})" for v, n in zip(values, counts, strict=True)])
-    allowed = f"0 to {num_classes - 1}" + (
-        f" or ignore_index={ignore_index}" if ignore_index is not None else ""
-    )
+    allowed = f"0 to {num_classes - 1}" + (f" or ignore_index={ignore_index}" if ignore_index is not None else "")
     raise MaskFileError(
         f"mask file {path} holds values that are no labels: {listed}; expected {allowed} "
         f"(num_classes={num_classes}). {_hint(mask, values, num_classes)}"
@@ -362,14 +337,10 @@ def _check_values(mask: NDArray[Any], path: Path, num_classes: int, ignore_index
 def _hint(mask: NDArray[Any], wrong: NDArray[Any], num_classes: int) -> str:
     """What most likely went wrong, judging by all values of the mask and by the `wrong` ones (sorted)."""
     if len(wrong) > 32:
-        return (
-            "So many values look like a photograph or instance numbers, not labels: is it the right folder?"
-        )
+        return "So many values look like a photograph or instance numbers, not labels: is it the right folder?"
     largest, only = int(wrong[-1]), len(wrong) == 1
     if largest == 255 and num_classes <= 2 and set(np.unique(mask).tolist()) <= {0, 255}:
-        return (
-            "For a binary mask stored as 0 and 255, divide by 255; if 255 marks void, pass ignore_index=255"
-        )
+        return "For a binary mask stored as 0 and 255, divide by 255; if 255 marks void, pass ignore_index=255"
     if largest == 255:
         rest = "" if only else f", and num_classes={int(wrong[-2]) + 1} if the others are classes"
         return f"255 usually marks void: pass ignore_index=255{rest}"

@@ -39,9 +39,7 @@ class ProxyLayer:
 
     def __post_init__(self) -> None:
         if self.in_channels < 1 or self.out_channels < 1:
-            raise ValueError(
-                f"a layer needs at least 1 channel, got {self.in_channels} -> {self.out_channels}"
-            )
+            raise ValueError(f"a layer needs at least 1 channel, got {self.in_channels} -> {self.out_channels}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
         if self.stride < 1 or self.dilation < 1:
@@ -383,9 +381,7 @@ def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) 
 def _positive(name: str, values: Sequence[float], num_layers: int) -> tuple[float, ...]:
     scales = tuple(float(s) for s in values)
     if name not in DISTANCES or len(scales) != num_layers or not all(0 < s < float("inf") for s in scales):
-        raise ValueError(
-            f"scales must map a distance to {num_layers} positive numbers, got {name!r}: {scales}"
-        )
+        raise ValueError(f"scales must map a distance to {num_layers} positive numbers, got {name!r}: {scales}")
     return scales
 
 
@@ -395,7 +391,12 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _initial_weight(layer: ProxyLayer, first: bool, generator: torch.Generator) -> Tensor:
-    """He initialisation; the first layer sees a one-hot map, where one channel a pixel is on, not all."""
+    """He initialisation; the first layer sees a one-hot map, where one channel a pixel is on, not all.
+
+    Its kernels sum to zero, so that the inside of every class gives no response from the start: without
+    that, a network with hundreds of classes has to learn it for each of them.
+    """
     shape = (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
     fan_in = layer.kernel_size**2 * (1 if first else layer.in_channels)
-    return torch.randn(shape, generator=generator) * (2.0 / fan_in) ** 0.5
+    weight = torch.randn(shape, generator=generator) * (2.0 / fan_in) ** 0.5
+    return weight - weight.mean(dim=(2, 3), keepdim=True) if first and layer.kernel_size > 1 else weight

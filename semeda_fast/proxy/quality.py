@@ -72,8 +72,7 @@ def measure_scales(
             sums[distance] += torch.stack([m.double().sum() for m in maps])
     # A distance of 0 (masks of one class) measures nothing; 1 leaves the layer as it is.
     return {
-        distance: tuple(float(s) / pixels if s > 0 else 1.0 for s in total.tolist())
-        for distance, total in sums.items()
+        distance: tuple(float(s) / pixels if s > 0 else 1.0 for s in total.tolist()) for distance, total in sums.items()
     }
 
 

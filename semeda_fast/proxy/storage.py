@@ -100,10 +100,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Any]) -> EdgeProxy:
         layers,
         [tensors[f"{number}.weight"] for number in range(len(layers))],
         [tensors[f"{number}.bias"] for number in range(len(layers))],
-        **{
-            key: description[key]
-            for key in ("tap", "distance", "layer_weights", "scales", "provenance", "quality")
-        },
+        **{key: description[key] for key in ("tap", "distance", "layer_weights", "scales", "provenance", "quality")},
     )
 
 

@@ -130,9 +130,7 @@ def _checked(num_classes: int, size: tuple[int, int], ignore_index: int | None) 
     if ignore_index is not None and not -(2**15) <= ignore_index < 2**15:
         raise ValueError(f"ignore_index: expected a 16-bit integer or None, got {ignore_index}")
     if num_classes == 1 and ignore_index == 0:
-        raise ValueError(
-            "ignore_index=0 with num_classes=1 leaves no class to draw; choose another ignore_index"
-        )
+        raise ValueError("ignore_index=0 with num_classes=1 leaves no class to draw; choose another ignore_index")
     return int(size[0]), int(size[1])
 
 
@@ -148,9 +146,7 @@ def _pillow() -> Any:
 # Backgrounds: a label for each pixel
 
 
-def _background(
-    classes: NDArray[Any], height: int, width: int, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+def _background(classes: NDArray[Any], height: int, width: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     kind = rng.choice(5, p=[0.3, 0.26, 0.12, 0.16, 0.16])
     if kind == 0 or len(classes) == 1:
         return np.full((height, width), classes[0], np.uint8)
@@ -165,9 +161,7 @@ def _background(
     else:  # the largest of several smooth random fields: rounded regions of all sizes
         index = np.argmax([_smooth_noise(height, width, rng) for _ in range(int(rng.integers(2, 5)))], axis=0)
     lookup = rng.choice(classes, size=int(index.max()) + 1)
-    lookup[: len(classes)] = rng.permutation(classes)[
-        : len(lookup)
-    ]  # neighbours differ where classes suffice
+    lookup[: len(classes)] = rng.permutation(classes)[: len(lookup)]  # neighbours differ where classes suffice
     return lookup.astype(np.uint8)[index]
 
 
@@ -197,9 +191,7 @@ def _stripes(y: NDArray[Any], x: NDArray[Any], rng: np.random.Generator) -> NDAr
     period = math.exp(rng.uniform(math.log(2), math.log(max(3, 0.4 * max(y.size, x.size)))))
     position = math.cos(angle) * x + math.sin(angle) * y
     if rng.random() < 0.4:
-        position = position + period * 0.5 * np.sin((y - x) * (0.5 / period) + rng.uniform(0, 6)).astype(
-            np.float32
-        )
+        position = position + period * 0.5 * np.sin((y - x) * (0.5 / period) + rng.uniform(0, 6)).astype(np.float32)
     index = np.floor((position - position.min()) / period).astype(np.intp)
     return index % int(rng.integers(2, 7))
 
@@ -248,9 +240,7 @@ class _Canvas:
         self._draw.polygon(corners, fill=int(label))
         self._draw_void.polygon(corners, fill=0)
         if rim:
-            self._draw_void.line(
-                [*corners, corners[0]], fill=255, width=rim, joint="curve" if rim > 2 else None
-            )
+            self._draw_void.line([*corners, corners[0]], fill=255, width=rim, joint="curve" if rim > 2 else None)
 
     def line(self, points: NDArray[Any], label: int, width: int, rim: int = 0) -> None:
         corners = [(float(px), float(py)) for px, py in points]
@@ -273,9 +263,7 @@ class _Canvas:
 
 def _ring(rng: np.random.Generator, corners: int, roughness: float) -> NDArray[np.float64]:
     """[corners, 2] points around the origin by increasing angle, at radii from 1 - `roughness` to 1."""
-    angle = (np.arange(corners) + rng.uniform(-0.4, 0.4, corners)) * (2 * math.pi / corners) + rng.uniform(
-        0, 7
-    )
+    angle = (np.arange(corners) + rng.uniform(-0.4, 0.4, corners)) * (2 * math.pi / corners) + rng.uniform(0, 7)
     radius = rng.uniform(1 - roughness, 1, corners)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
@@ -397,9 +385,7 @@ def _scatter(mask: NDArray[np.int16], classes: NDArray[Any], rng: np.random.Gene
     mask.reshape(-1)[rng.integers(0, mask.size, count)] = rng.choice(classes, count)
 
 
-def _class_rims(
-    mask: NDArray[np.int16], classes: NDArray[Any], rng: np.random.Generator
-) -> NDArray[np.bool_]:
+def _class_rims(mask: NDArray[np.int16], classes: NDArray[Any], rng: np.random.Generator) -> NDArray[np.bool_]:
     """[H, W] bool, True within 1 or 2 pixels of every border of one class or of half of the classes."""
     some = classes[: max(1, len(classes) // 2)] if rng.random() < 0.5 else classes[:1]
     inside = np.isin(mask, some)

@@ -50,9 +50,10 @@ def train_proxy(
     steps: int = 1200,
     batch_size: int = 16,
     crop_size: int = 48,
-    lr: float = 3e-2,
+    lr: float = 1e-2,
     seed: int = 0,
     progress: bool = True,
+    columns: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> EdgeProxy:
     """Train an EdgeProxy on masks, measure it on held-out ones, and return it.
@@ -75,6 +76,9 @@ def train_proxy(
             is in pixels. Adam, one-cycle learning rate with peak `lr`.
         seed: two runs with the same seed on the same machine give the same proxy.
         progress: show a progress bar.
+        columns: train a universal proxy: its first layer gets this many class columns, and each step deals the
+            masks' classes to random ones, so that any of them can stand for any class. The result has
+            `columns` classes (cut it with `slice_classes`), and val_masks may use all of them.
         accelerator: an accelerate.Accelerator to use in place of a new one.
 
     Returns:
@@ -87,8 +91,7 @@ def train_proxy(
         MissingExtraError: accelerate or tqdm (or Pillow, for a folder) is not installed.
     """
     try:
-        from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
+        import accelerate  # noqa: F401
         from tqdm.auto import tqdm
     except ImportError as error:
         raise missing_extra("train_proxy", error.name or "accelerate", "train") from error
@@ -101,11 +104,14 @@ def train_proxy(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= noise < math.inf or not lr > 0:
         raise ValueError(f"noise must be >= 0 and lr > 0, got {noise} and {lr}")
+    if columns is not None and columns < num_classes:
+        raise ValueError(f"columns must be at least num_classes={num_classes}, got {columns}")
     heat = resolve_temperature(temperature, num_classes)
+    all_classes = columns or num_classes
 
-    train, val, held_out = _split(masks, val_masks, num_classes, ignore_index, val_fraction, seed)
+    train, val, held_out = _split(masks, val_masks, num_classes, all_classes, ignore_index, val_fraction, seed)
     proxy = EdgeProxy(
-        num_classes,
+        all_classes,
         widths,
         kernel_size=kernel_size,
         tap=tap,
@@ -113,8 +119,7 @@ def train_proxy(
         layer_weights=layer_weights,
         seed=seed,
     )
-    if accelerator is None:
-        accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    accelerator = accelerator or _new_accelerator()
     if batch_size % accelerator.num_processes:
         raise ValueError(
             f"batch_size={batch_size} must be a multiple of the {accelerator.num_processes} processes it is dealt to"
@@ -122,24 +127,24 @@ def train_proxy(
     crops = _Crops(train, steps * batch_size, crop_size, seed, fill_void=void == "nearest")
     split = getattr(accelerator, "split_batches", False)
     per_loader = batch_size if split else batch_size // accelerator.num_processes
-    network = _trainable(proxy)
+    network: nn.Module = _Network(proxy)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     network, optimizer, loader = accelerator.prepare(network, optimizer, DataLoader(crops, per_loader))
     generator = torch.Generator(accelerator.device).manual_seed(seed * 1_000_003 + accelerator.process_index)
+    dealer = torch.Generator().manual_seed(seed)  # deals the same columns in every process
 
     started = time.perf_counter()
     edge_pixels = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    bar = tqdm(
-        loader, total=steps, desc="train proxy", disable=not (progress and accelerator.is_main_process)
-    )
+    bar = tqdm(loader, total=steps, desc="train proxy", disable=not (progress and accelerator.is_main_process))
     for step, labels in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = lr * one_cycle(step / steps)
         edges = edge_labels(labels, radius=radius, ignore_index=VOID)
         edge_pixels += edges.sum()
         probs = perturbed(labels, num_classes, noise, heat, generator)
+        dealt = None if columns is None else torch.randperm(columns, generator=dealer)[:num_classes].to(probs.device)
         loss = F.cross_entropy(
-            network(probs), torch.where(labels == VOID, VOID, edges.long()), ignore_index=VOID
+            network(probs, dealt), torch.where(labels == VOID, VOID, edges.long()), ignore_index=VOID
         )
         optimizer.zero_grad()
         accelerator.backward(loss)
@@ -147,11 +152,9 @@ def train_proxy(
         if step % 20 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     if int(accelerator.reduce(edge_pixels)) == 0:
-        raise ValueError(
-            "the masks hold no edge: no crop has two classes side by side; check num_classes and masks"
-        )
+        raise ValueError("the masks hold no edge: no crop has two classes side by side; check num_classes and masks")
 
-    trained = _frozen(proxy, cast(nn.Sequential, accelerator.unwrap_model(network)))
+    trained = _frozen(proxy, cast(_Network, accelerator.unwrap_model(network)))
     quality = edge_quality(trained, val, radius=radius, ignore_index=VOID)
     return trained.annotated(
         scales=measure_scales(trained, val, ignore_index=VOID),
@@ -189,15 +192,14 @@ def resolve_temperature(temperature: float | str, num_classes: int) -> float:
     return float(temperature)
 
 
-def perturbed(
-    labels: Tensor, num_classes: int, noise: float, temperature: float, generator: torch.Generator
-) -> Tensor:
+def perturbed(labels: Tensor, num_classes: int, noise: float, temperature: float, generator: torch.Generator) -> Tensor:
     """softmax((onehot + noise * N(0, 1)) / temperature) of labels [N,H,W], zero at void: [N,C,H,W] fp32."""
     n, h, w = labels.shape
     valid = labels != VOID
     x = torch.empty((n, num_classes, h, w), device=labels.device).normal_(0.0, noise, generator=generator)
     x.scatter_add_(1, torch.where(valid, labels, 0).unsqueeze(1), torch.ones_like(x[:, :1]))
-    return torch.softmax(x / temperature, dim=1) * valid.unsqueeze(1)
+    # In place: with 256 classes each copy of x costs as much as the network's own pass.
+    return torch.softmax(x.div_(temperature), dim=1).mul_(valid.unsqueeze(1))
 
 
 def one_cycle(progress: float) -> float:
@@ -245,9 +247,7 @@ class _Masks(Dataset[Tensor]):
             return self.cache[index]
         mask = torch.as_tensor(self.source[index])
         if mask.dim() != 2 or mask.is_floating_point():
-            raise ValueError(
-                f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}"
-            )
+            raise ValueError(f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}")
         valid = not_ignored(mask, self.ignore_index)
         labels = torch.where(valid, mask.long(), 0)
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
@@ -323,12 +323,18 @@ def _fill_nearest(mask: Tensor) -> Tensor:
 
 
 def _split(
-    masks: Any, val_masks: Any, num_classes: int, ignore_index: int, val_fraction: float, seed: int
+    masks: Any,
+    val_masks: Any,
+    num_classes: int,
+    val_classes: int,
+    ignore_index: int,
+    val_fraction: float,
+    seed: int,
 ) -> tuple[Dataset[Tensor], Dataset[Tensor], bool]:
     """Training masks, validation masks, and whether the latter were held out."""
     train = _Masks(masks, num_classes, ignore_index)
     if val_masks is not None:
-        return train, _Masks(val_masks, num_classes, ignore_index), True
+        return train, _Masks(val_masks, val_classes, ignore_index), True
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
     held = min(len(train) - 1, math.ceil(val_fraction * len(train)))
@@ -338,26 +344,44 @@ def _split(
     return _Subset(train, sorted(order[held:])), _Subset(train, sorted(order[:held])), True
 
 
-def _trainable(proxy: EdgeProxy) -> nn.Sequential:
+class _Network(nn.Module):
     """The proxy's network with parameters instead of buffers, the same initial values."""
-    modules: list[nn.Module] = []
-    for layer, weight, bias in zip(proxy.layers, proxy.weights, proxy.biases, strict=True):
-        conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding="same")
-        with torch.no_grad():
-            conv.weight.copy_(weight)
-            cast(Tensor, conv.bias).copy_(bias)
-        modules += [conv, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
+
+    def __init__(self, proxy: EdgeProxy) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(weight.clone() for weight in proxy.weights)
+        self.biases = nn.ParameterList(bias.clone() for bias in proxy.biases)
+
+    def forward(self, probs: Tensor, columns: Tensor | None) -> Tensor:
+        """Edge logits of probs [N,C,H,W], whose class c goes to column columns[c] (to column c for None)."""
+        x = probs
+        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if number > 0:
+                x = F.conv2d(torch.relu(x), weight, bias, padding="same")
+            else:
+                x = F.conv2d(x, weight if columns is None else weight[:, columns], bias, padding="same")
+        return x
 
 
-def _frozen(proxy: EdgeProxy, network: nn.Sequential) -> EdgeProxy:
+def _frozen(proxy: EdgeProxy, network: _Network) -> EdgeProxy:
     """`proxy` with the weights of its trained network."""
-    convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
     return EdgeProxy.from_tensors(
         proxy.layers,
-        [conv.weight.detach().cpu() for conv in convolutions],
-        [cast(Tensor, conv.bias).detach().cpu() for conv in convolutions],
+        [weight.detach().cpu() for weight in network.weights],
+        [bias.detach().cpu() for bias in network.biases],
         tap=proxy.tap,
         distance=proxy.distance,
         layer_weights=proxy.layer_weights,
+    )
+
+
+def _new_accelerator() -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return Accelerator(
+        # Without a GPU, Accelerate joins several processes only if it is told that they run on CPUs.
+        cpu=started > 1 and not (torch.cuda.is_available() or torch.xpu.is_available()),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
