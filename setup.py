@@ -120,9 +120,7 @@ def native_extensions() -> list[Extension]:
         skipped(error)
         return []
     # optional: setuptools must not look for the built file after a failure that was only noted.
-    return [
-        Pybind11Extension("semeda_fast._C", SOURCES, depends=HEADERS, cxx_std=17, optional=MODE == "auto")
-    ]
+    return [Pybind11Extension("semeda_fast._C", SOURCES, depends=HEADERS, cxx_std=17, optional=MODE == "auto")]
 
 
 MODE = requested_mode()

@@ -80,9 +80,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample `index` without augmentation: RGB uint8 [H,W,3] and labels [H,W], at `size`."""
-        image, mask = read_pair(
-            *self.pairs[index], num_classes=self.num_classes, ignore_index=self.ignore_index
-        )
+        image, mask = read_pair(*self.pairs[index], num_classes=self.num_classes, ignore_index=self.ignore_index)
         if self.size is not None and self.size != image.shape[:2]:
             height, width = self.size
             image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
@@ -143,6 +141,7 @@ def make_datasets(args: Namespace) -> tuple[Pairs, Pairs]:
         count = max(1, round(args.val_fraction * len(pairs)))
         val_pairs = [pairs[i] for i in sorted(order[:count])]
         pairs = [pairs[i] for i in sorted(order[count:])]
+    pairs, val_pairs = _evenly(pairs, args.limit), _evenly(val_pairs, args.limit)
     if len(pairs) < args.batch_size:
         raise InputError(
             f"{len(pairs)} training images are too few for --batch-size {args.batch_size} "
@@ -183,6 +182,12 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
 
+def _evenly(pairs: list[Pair], limit: int | None) -> list[Pair]:
+    if limit is None or limit >= len(pairs):
+        return pairs
+    return [pairs[i * len(pairs) // limit] for i in range(limit)]
+
+
 def _nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Labels [h,w] -> [height,width]; each new pixel takes the label under its centre."""
     rows = ((np.arange(height) + 0.5) * mask.shape[0] / height).astype(np.intp)
@@ -194,9 +199,7 @@ def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     sizes = {tuple(target.shape) for _, target in samples}
     if len(sizes) > 1:
         found = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
-        raise InputError(
-            f"the images of a batch have different sizes ({found}); give --size HxW or --crop HxW"
-        )
+        raise InputError(f"the images of a batch have different sizes ({found}); give --size HxW or --crop HxW")
     return torch.stack([image for image, _ in samples]), torch.stack([target for _, target in samples])
 
 

@@ -24,6 +24,7 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--val-images", type=Path, help="folder of validation images")
     add("--val-masks", type=Path, help="folder of their masks")
     add("--val-fraction", type=_fraction, default=0.2, help="part held out without --val-images (0.2)")
+    add("--limit", type=_at_least(1), metavar="N", help="use at most N images of each set, evenly spaced")
     add("--num-classes", type=_at_least(2), required=True, help="labels are 0 .. N-1")
     add("--ignore-index", type=int, default=255, help="label of void pixels (255)")
     add("--class-names", type=lambda text: text.split(","), help="names for the report, with commas between")

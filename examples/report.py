@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from semeda_fast.files import atomic_path
 from semeda_fast.metrics import BoundaryF, BoundaryIoU
 
 WHITE = np.uint8(255)  # the colour of void
-RED = (220, 20, 20)  # the colour of errors
+BLACK = np.uint8(0)  # the colour of errors
 
 
 @torch.no_grad()
@@ -63,9 +62,7 @@ def evaluate(
     return {name: value.tolist() for name, value in metrics.compute().items()}
 
 
-def write_report(
-    run: RunFolder, network: nn.Module, dataset: Pairs, metrics: dict[str, Any], args: Namespace
-) -> str:
+def write_report(run: RunFolder, network: nn.Module, dataset: Pairs, metrics: dict[str, Any], args: Namespace) -> str:
     """Write report.json, report.md, predictions.png and predictions/; returns the table as Markdown."""
     times = [float(row["step_time_s"]) for row in run.rows() if row["kind"] == "train"]
     step_time = statistics.median(times)
@@ -94,9 +91,7 @@ def write_report(
 
 
 @torch.no_grad()
-def draw_predictions(
-    folder: Path, network: nn.Module, dataset: Pairs, indices: list[int], names: list[str]
-) -> None:
+def draw_predictions(folder: Path, network: nn.Module, dataset: Pairs, indices: list[int], names: list[str]) -> None:
     """predictions.png: image, ground truth, prediction, error; predictions/NAME.png: the labels predicted."""
     device = next(network.parameters()).device
     (folder / "predictions").mkdir(exist_ok=True)
@@ -116,12 +111,13 @@ def draw_predictions(
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     colours = palette(dataset.num_classes)
     height, width = rows[0][1].shape[:2]
     size = (12, 3 * len(rows) * height / width + 1)
-    figure, axes = plt.subplots(len(rows), 4, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(rows), 4, figsize=size, squeeze=False, layout=ConstrainedLayoutEngine(h_pad=0.08))
     for line, (name, image, mask, prediction) in zip(axes, rows, strict=True):
         valid = mask != dataset.ignore_index
         wrong = valid & (prediction != mask)
@@ -140,7 +136,7 @@ def draw_predictions(
     patches = [Patch(color=_hex(colours[label]), label=names[label]) for label in shown]
     patches += [
         Patch(facecolor="white", edgecolor="grey", label="void"),
-        Patch(color=_hex(RED), label="wrong"),
+        Patch(color="black", label="wrong"),
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=10, fontsize=8, frameon=False)
     with atomic_path(folder / "predictions.png", overwrite=True) as path:
@@ -168,15 +164,15 @@ def paint(labels: np.ndarray, colours: np.ndarray, valid: np.ndarray | None = No
 
 
 def error_map(image: np.ndarray, wrong: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """RGB uint8 [H,W,3]: the image in pale grey, wrong pixels red, void white."""
-    grey = (160 + 0.3 * image.mean(axis=2)).astype(np.uint8)
+    """RGB uint8 [H,W,3]: the image in pale grey, wrong pixels black, void white."""
+    grey = (170 + 0.3 * image.mean(axis=2)).astype(np.uint8)
     picture = np.repeat(grey[..., None], 3, axis=2)
-    picture[wrong] = RED
+    picture[wrong] = BLACK
     picture[~valid] = WHITE
     return picture
 
 
-def _hex(colour: Sequence[int] | np.ndarray) -> str:
+def _hex(colour: np.ndarray) -> str:
     return "#" + "".join(f"{int(part):02x}" for part in colour)
 
 

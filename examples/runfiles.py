@@ -51,13 +51,10 @@ class RunFolder:
             return
         if not resume:
             raise InputError(
-                f"--output {folder} is not empty; add --resume to go on with the run in it, "
-                "or choose another folder"
+                f"--output {folder} is not empty; add --resume to go on with the run in it, or choose another folder"
             )
         if not (folder / "settings.json").is_file():
-            raise InputError(
-                f"--output {folder} holds files but no run to resume (no settings.json); choose another"
-            )
+            raise InputError(f"--output {folder} holds files but no run to resume (no settings.json); choose another")
         before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         changed = [
             f"{name} was {before.get(name)!r} and is {self._settings.get(name)!r}"

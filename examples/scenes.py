@@ -99,9 +99,7 @@ def write_scenes(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a folder to write scenes into")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{folder} is not empty; pass overwrite=True (--overwrite) or choose another folder"
-        )
+        raise FileExistsError(f"{folder} is not empty; pass overwrite=True (--overwrite) or choose another folder")
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         for part in ("images", "masks"):
             (folder / name / part).mkdir(parents=True, exist_ok=True)
@@ -195,11 +193,7 @@ class _Scene:
 
     def tint(self, *colours: tuple[float, float, float], spread: float = 18.0) -> Colour:
         """One of `colours`, changed a little and by the scene's light."""
-        return (
-            np.array(colours[int(self.rng.integers(len(colours)))])
-            + self.rng.normal(0, spread, 3)
-            + self.light
-        )
+        return np.array(colours[int(self.rng.integers(len(colours)))]) + self.rng.normal(0, spread, 3) + self.light
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         rng = self.rng
@@ -331,9 +325,7 @@ def _car(scene: _Scene, near: float) -> None:
     body |= scene.polygon([(x + shift + half * along, y) for along, y in cabin])
     radius = 0.2 * tall
     at = 0.62 * half if side else 0.8 * half
-    wheels = scene.ellipses(
-        [(hub - radius, foot - 2 * radius, hub + radius, foot) for hub in (x - at, x + at)]
-    )
+    wheels = scene.ellipses([(hub - radius, foot - 2 * radius, hub + radius, foot) for hub in (x - at, x + at)])
     paint = scene.tint((150, 40, 40), (50, 70, 130), (190, 190, 190), (60, 60, 65), (115, 110, 105))
     scene.add(CAR, body | wheels, paint, 3 * scene.fine + 6 * scene.coarse, rim=0.5)
     scene.paint(wheels, scene.tint((40, 40, 42), spread=5))
@@ -354,9 +346,7 @@ def _person(scene: _Scene, near: float) -> None:
         legs = [[(x, hip), (x - stride, foot)], [(x, hip), (x + stride, foot)]]
         arms = [[(x, shoulder), (x + way * tall * rng.uniform(0.08, 0.2), hip)] for way in (-1, 1)]
         waist = 0.7 * broad
-        torso = scene.polygon(
-            [(x - broad, shoulder), (x + broad, shoulder), (x + waist, hip), (x - waist, hip)]
-        )
+        torso = scene.polygon([(x - broad, shoulder), (x + broad, shoulder), (x + waist, hip), (x - waist, hip)])
         torso |= scene.lines(arms, max(1, thick - 1))
         lower = scene.lines(legs, thick)
         face = scene.ellipses([(x - head, shoulder - 2.2 * head, x + head, shoulder)])

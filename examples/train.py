@@ -15,6 +15,7 @@ Run the same command with `--resume` after an interruption. For several processe
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -162,7 +163,9 @@ def train(args: argparse.Namespace) -> int:
                     bar.set_postfix(loss=f"{loss_mean:.4f}", refresh=False)
                     if accelerator.is_main_process:
                         run.log(
-                            *("train", epoch, step),
+                            "train",
+                            epoch,
+                            step,
                             lr=rate,
                             loss=loss_mean,
                             ce=ce_mean,
@@ -291,4 +294,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a pipe too, lines come when they are printed
     sys.exit(main())

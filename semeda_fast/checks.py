@@ -67,9 +67,7 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a floating-point tensor of shape [{num_classes}], got {kind}")
     if tuple(weight.shape) != (num_classes,):
-        raise ValueError(
-            f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}"
-        )
+        raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
 
 
 def check_tensors(
@@ -88,22 +86,16 @@ def check_tensors(
         if valid.dtype != torch.bool:
             raise TypeError(f"valid_mask must be a bool tensor (True: the pixel counts), got {valid.dtype}")
         if tuple(valid.shape) != (n, h, w):
-            raise ValueError(
-                f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}"
-            )
+            raise ValueError(f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}")
     check_class_weight(class_weight, weights[0].shape[1])
     others = {"target": target, "valid_mask": valid, "weight": class_weight, "the proxy": weights[0]}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != logits.device:
-            remedy = (
-                "call criterion.to(logits.device)" if name in ("the proxy", "weight") else "move one of them"
-            )
+            remedy = "call criterion.to(logits.device)" if name in ("the proxy", "weight") else "move one of them"
             raise ValueError(f"logits are on {logits.device} but {name} is on {tensor.device}; {remedy}")
     for name, tensor in (("target", target), ("weight", class_weight)):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, but only the logits receive one; pass {name}.detach()"
-            )
+            raise ValueError(f"{name} requires a gradient, but only the logits receive one; pass {name}.detach()")
     if any(weight.requires_grad for weight in weights):
         raise ValueError(
             "the proxy's weights require a gradient, but the proxy is frozen: only the logits receive one; "
@@ -173,9 +165,7 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
         return
     wrong = target[bad].to(torch.int64)
     values, counts = wrong.unique(return_counts=True)
-    shown = ", ".join(
-        f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5]
-    )
+    shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
     n, y, x = bad.nonzero()[0].tolist()
     num_classes = 2 if spec.mode == "binary" else logits.shape[1]
     hint = (

@@ -109,9 +109,7 @@ def _root(
 @_guarded
 def _train_proxy(
     masks: Annotated[Path, typer.Argument(metavar="MASKS", help="Folder of mask files.", show_default=False)],
-    num_classes: Annotated[
-        int, typer.Option(help="Number of classes; labels are 0 to N-1.", show_default=False)
-    ],
+    num_classes: Annotated[int, typer.Option(help="Number of classes; labels are 0 to N-1.", show_default=False)],
     output: Annotated[Path, typer.Option(help="File to write, *.safetensors.", show_default=False)],
     ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = DEFAULT["ignore_index"],
     val_masks: Annotated[
@@ -122,9 +120,9 @@ def _train_proxy(
     widths: Annotated[str, typer.Option(metavar="N,N,...", help="Channels of the hidden layers.")] = ",".join(
         map(str, DEFAULT["widths"])
     ),
-    tap: Annotated[
-        str, typer.Option(metavar="pre|post", help="Compare features before or after the ReLU.")
-    ] = DEFAULT["tap"],
+    tap: Annotated[str, typer.Option(metavar="pre|post", help="Compare features before or after the ReLU.")] = DEFAULT[
+        "tap"
+    ],
     distance: Annotated[
         str, typer.Option(metavar="l1|l2|smooth_l1", help="The loss's default distance with this proxy.")
     ] = DEFAULT["distance"],
@@ -133,16 +131,12 @@ def _train_proxy(
         str,
         typer.Option(metavar="mask|nearest", help="Void pixels: left out, or filled with the nearest label."),
     ] = DEFAULT["void"],
-    noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the input.")] = DEFAULT[
-        "noise"
-    ],
-    temperature: Annotated[
-        str, typer.Option(metavar="auto|T", help="Temperature of the softmax on the input.")
-    ] = str(DEFAULT["temperature"]),
+    noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the input.")] = DEFAULT["noise"],
+    temperature: Annotated[str, typer.Option(metavar="auto|T", help="Temperature of the softmax on the input.")] = str(
+        DEFAULT["temperature"]
+    ),
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULT["steps"],
-    batch_size: Annotated[int, typer.Option(help="Crops per step, over all processes.")] = DEFAULT[
-        "batch_size"
-    ],
+    batch_size: Annotated[int, typer.Option(help="Crops per step, over all processes.")] = DEFAULT["batch_size"],
     crop_size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = DEFAULT["crop_size"],
     lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT["lr"],
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = DEFAULT["seed"],
@@ -157,9 +151,7 @@ def _train_proxy(
     process = _join_processes()
     if process.is_main_process:  # the only one that writes; the others may run on another machine
         if output.suffix != ".safetensors":
-            raise ValueError(
-                f"proxies are stored as safetensors: --output {output} should end in .safetensors"
-            )
+            raise ValueError(f"proxies are stored as safetensors: --output {output} should end in .safetensors")
         _check_output(output, overwrite)
     proxy = train_proxy(
         masks,
@@ -307,9 +299,7 @@ def _parse_widths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ValueError(
-            f"--widths must be numbers separated by commas, such as 16,32; got {text!r}"
-        ) from None
+        raise ValueError(f"--widths must be numbers separated by commas, such as 16,32; got {text!r}") from None
 
 
 def _parse_temperature(text: str) -> float | str:
@@ -325,8 +315,7 @@ def _count_classes(labels: Any, ignore_index: int, path: Path) -> int:
     largest = int(valid.max()) if valid.size else 0
     if largest == 255:
         raise ValueError(
-            f"{path} holds the label 255; if that is void, pass --ignore-index 255, "
-            "otherwise say --num-classes 256"
+            f"{path} holds the label 255; if that is void, pass --ignore-index 255, otherwise say --num-classes 256"
         )
     return max(2, largest + 1)
 

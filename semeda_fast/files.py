@@ -52,9 +52,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; expected the path of a file to write")
     if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {target}: the folder {target.parent} does not exist; create it first"
-        )
+        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
     if target.exists() and not overwrite:
         raise _exists(target)
     if not os.access(target.parent, os.W_OK):
@@ -62,6 +60,4 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _exists(target: Path) -> FileExistsError:
-    return FileExistsError(
-        f"{target} exists already; pass overwrite=True (--overwrite) or choose another path"
-    )
+    return FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite) or choose another path")

@@ -101,11 +101,7 @@ def semeda_loss(
             weight,
             proxy.weights,
             proxy.biases,
-            list(
-                proxy.layer_weights
-                if layer_weights is None
-                else check_layer_weights(layer_weights, len(layers))
-            ),
+            list(proxy.layer_weights if layer_weights is None else check_layer_weights(layer_weights, len(layers))),
             list(proxy.layer_scales(chosen)),
             [layer.stride for layer in layers],
             [layer.dilation for layer in layers],

@@ -190,9 +190,7 @@ def damaged_labels(labels: Tensor, valid: Tensor, num_classes: int) -> tuple[Ten
     return out, [damage for damage in damages if damage.pixels.any()]
 
 
-def draw(
-    inspection: Inspection, path: str | os.PathLike[str], *, title: str = "", overwrite: bool = False
-) -> None:
+def draw(inspection: Inspection, path: str | os.PathLike[str], *, title: str = "", overwrite: bool = False) -> None:
     """Draw the six panels into a picture file; its suffix chooses the format (png, pdf, svg, ...).
 
     Raises:
@@ -237,9 +235,7 @@ def _figure(inspection: Inspection, title: str) -> Figure:
     chain = " → ".join(str(c) for c in (proxy.num_classes, *proxy.widths, proxy.edge_classes))
     head = f"proxy {chain}, tap {proxy.tap}, distance {proxy.distance}"
     if inspection.cropped_from:
-        head += (
-            f"; centre {width} x {height} of {inspection.cropped_from[1]} x {inspection.cropped_from[0]} px"
-        )
+        head += f"; centre {width} x {height} of {inspection.cropped_from[1]} x {inspection.cropped_from[0]} px"
     figure.suptitle(f"{title}\n{head}" if title else head, fontsize=14)
 
     _draw_labels(grid[0, 0], inspection.labels, void, proxy.num_classes)
@@ -356,9 +352,7 @@ def _outline(axes: Axes, inspection: Inspection) -> None:
     for damage in inspection.damages:
         wrong[1:-1, 1:-1] += damage.pixels
     if wrong.any() and min(height, width) > 1:
-        axes.contour(
-            np.arange(-1, width + 1), np.arange(-1, height + 1), wrong, [0.5], colors="black", linewidths=0.7
-        )
+        axes.contour(np.arange(-1, width + 1), np.arange(-1, height + 1), wrong, [0.5], colors="black", linewidths=0.7)
         axes.set_xlim(-0.5, width - 0.5)
         axes.set_ylim(height - 0.5, -0.5)
     for letter, damage in zip("ABC", inspection.damages, strict=False):
@@ -462,9 +456,7 @@ def _thinnest_class(labels: Tensor, valid: Tensor, where: Tensor) -> int | None:
         count = int(counts[number])
         if count < 20 or number == int(counts.argmax()):
             continue
-        mask = (
-            labels == number
-        ) & valid  # all of it: cut at the edge of `where`, broad objects would look thin
+        mask = (labels == number) & valid  # all of it: cut at the edge of `where`, broad objects would look thin
         kept = _dilate(~_dilate(~mask, THIN), THIN) & mask & where
         best = max(best, (1 - int(kept.sum()) / count, count, number), key=lambda entry: entry[:2])
     return best[2]

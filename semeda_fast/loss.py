@@ -182,16 +182,12 @@ class SemedaLoss(Float32Buffers):
         )
 
 
-def _resolve_proxy(
-    proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes: int | None, mode: str
-) -> EdgeProxy:
+def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes: int | None, mode: str) -> EdgeProxy:
     if proxy is None:
         if num_classes is None and mode == "binary":
             num_classes = 2
         if num_classes is None:
-            raise ValueError(
-                "pass num_classes=C for the bundled proxy, or a proxy (an EdgeProxy or its file's path)"
-            )
+            raise ValueError("pass num_classes=C for the bundled proxy, or a proxy (an EdgeProxy or its file's path)")
         return EdgeProxy.bundled(num_classes)
     if isinstance(proxy, (str, os.PathLike)):
         proxy = EdgeProxy.load(proxy)

@@ -46,9 +46,7 @@ class _BoundaryMetric(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    def __init__(
-        self, num_classes: int, *, ignore_index: int, average: str, counts: tuple[str, ...], **kwargs: Any
-    ):
+    def __init__(self, num_classes: int, *, ignore_index: int, average: str, counts: tuple[str, ...], **kwargs: Any):
         super().__init__(**kwargs)
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(
@@ -346,9 +344,7 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return part.to(torch.float32) / whole.to(torch.float32)
 
 
-def _near_other_label(
-    labels: Tensor, valid: Tensor, distance: int, window_max: Callable[..., Tensor]
-) -> Tensor:
+def _near_other_label(labels: Tensor, valid: Tensor, distance: int, window_max: Callable[..., Tensor]) -> Tensor:
     """Bool [N,H,W]: a valid pixel of another label lies within `distance`; meaningful at valid pixels only.
 
     All classes at once: a window holds another label than its centre exactly if its smallest or its largest
@@ -408,13 +404,10 @@ def _check_inputs(preds: Tensor, target: Tensor, num_classes: int) -> None:
         raise TypeError(f"target must have an integer dtype, got {target.dtype}")
     if preds.dim() == 4:
         if not preds.is_floating_point():
-            raise TypeError(
-                f"preds [N,C,H,W] must be floating-point logits, got {preds.dtype}; pass labels as [N,H,W]"
-            )
+            raise TypeError(f"preds [N,C,H,W] must be floating-point logits, got {preds.dtype}; pass labels as [N,H,W]")
         if preds.shape[1] != num_classes:
             raise ValueError(
-                f"preds [N,C,H,W] must have C = num_classes = {num_classes} channels,"
-                f" got shape {tuple(preds.shape)}"
+                f"preds [N,C,H,W] must have C = num_classes = {num_classes} channels, got shape {tuple(preds.shape)}"
             )
     elif preds.dim() != 3:
         raise ValueError(f"preds must be labels [N,H,W] or logits [N,C,H,W], got shape {tuple(preds.shape)}")

@@ -59,9 +59,7 @@ def make_inputs(
     return logits.to(device, dtype).requires_grad_(), target.to(device, labels)
 
 
-def value_and_grad(
-    criterion: nn.Module, logits: Tensor, target: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
+def value_and_grad(criterion: nn.Module, logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The loss and its gradient in the logits, both detached; a fixed random upstream gradient for a map."""
     leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     loss = criterion(leaf, target, **options)

@@ -78,9 +78,7 @@ def parse(text: str) -> list[Block]:
         if not language:
             raise ValueError(f"line {start}: a code block without a language; write ```text if it is no code")
         if language not in SHELL | PYTHON | NOT_CODE:
-            raise ValueError(
-                f"line {start}: the language {language!r} is not known to tests/readme_blocks.py"
-            )
+            raise ValueError(f"line {start}: the language {language!r} is not known to tests/readme_blocks.py")
         if language not in NOT_CODE:
             block = _directed(start, language, body, directives, previous_python)
             blocks.append(block)
@@ -141,9 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             start = time.monotonic()
             problem = run(block, folder, done=options.done)
-            print(
-                f"{'FAILED' if problem else 'passed'}   {title} {time.monotonic() - start:.1f} s", flush=True
-            )
+            print(f"{'FAILED' if problem else 'passed'}   {title} {time.monotonic() - start:.1f} s", flush=True)
             if problem:
                 print(textwrap.indent(problem, "    "), flush=True)
             failed += bool(problem)

@@ -127,8 +127,6 @@ def test_import_needs_no_gpu_no_triton_and_no_compiler() -> None:
         "import semeda_fast\n"
         "print(semeda_fast.backend_info())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, check=False)
     assert done.returncode == 0, done.stderr
     assert "reference" in done.stdout

@@ -37,9 +37,7 @@ def test_label_out_of_range(case: Case) -> None:
         assert part in text
     with pytest.raises(ValueError, match="pass ignore_index=255"):
         criterion(logits, torch.full_like(target, 255, dtype=torch.uint8))
-    assert torch.isfinite(
-        SemedaLoss(make_proxy(), ignore_index=255, backend=case.backend)(logits, target.clamp(0, 4))
-    )
+    assert torch.isfinite(SemedaLoss(make_proxy(), ignore_index=255, backend=case.backend)(logits, target.clamp(0, 4)))
 
 
 @pytest.mark.parametrize("wrong", [-1, NUM_CLASSES, 2**40])
@@ -47,9 +45,7 @@ def test_label_out_of_range(case: Case) -> None:
 def test_unchecked_bad_labels_make_nan_not_garbage(case: Case, wrong: int, reduction: str) -> None:
     logits, target = make_inputs(void=0.0, device=case.device)
     target[0, 2, 3] = wrong
-    criterion = SemedaLoss(make_proxy(), validate="never", reduction=reduction, backend=case.backend).to(
-        case.device
-    )
+    criterion = SemedaLoss(make_proxy(), validate="never", reduction=reduction, backend=case.backend).to(case.device)
     loss, grad = value_and_grad(criterion, logits, target)
     if reduction == "none":
         assert loss[0, 2, 3].isnan()
@@ -72,9 +68,7 @@ def test_nan_logits_make_a_nan_loss_or_an_error(case: Case) -> None:
         careful(broken, target)
     assert torch.isfinite(careful(logits, target))
     target[1, 3, 4] = VOID
-    assert torch.isfinite(
-        SemedaLoss(make_proxy(), ignore_index=VOID, validate="always")(broken.cpu(), target.cpu())
-    )
+    assert torch.isfinite(SemedaLoss(make_proxy(), ignore_index=VOID, validate="always")(broken.cpu(), target.cpu()))
 
 
 def test_distributions_are_checked_on_request(case: Case) -> None:
@@ -88,9 +82,7 @@ def test_distributions_are_checked_on_request(case: Case) -> None:
     assert torch.isfinite(probabilities(logits.detach().softmax(1), target))
 
 
-def shapes(
-    logits: torch.Tensor, target: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, torch.Tensor, type, str]]:
+def shapes(logits: torch.Tensor, target: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, type, str]]:
     """name -> logits, target, error, pattern."""
     return {
         "class mismatch": (logits[:, :3], target, ValueError, r"3 classes .* proxy has 5.*num_classes=3"),
@@ -120,9 +112,7 @@ def test_shapes_dtypes_devices(case: Case, name: str) -> None:
 
 def test_the_proxy_on_another_device(case: Case) -> None:
     logits, target = make_inputs(void=0.0, device=case.device)
-    with pytest.raises(
-        ValueError, match=r"logits are on .* the proxy is on meta; call criterion.to\(logits.device\)"
-    ):
+    with pytest.raises(ValueError, match=r"logits are on .* the proxy is on meta; call criterion.to\(logits.device\)"):
         SemedaLoss(make_proxy(), backend=case.backend).to("meta")(logits, target)
 
 

@@ -59,4 +59,3 @@ def test_each_call_gives_its_own_copy() -> None:
     first.weights[0].zero_()
     assert EdgeProxy.bundled(3).weights[0].any()
     assert EdgeProxy.bundled(256).weights[0].data_ptr() != EdgeProxy.bundled(256).weights[0].data_ptr()
-

@@ -25,9 +25,7 @@ VOID = 255
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(
-        cli.build_app(), [str(argument) for argument in arguments], prog_name="semeda-fast"
-    )
+    return CliRunner().invoke(cli.build_app(), [str(argument) for argument in arguments], prog_name="semeda-fast")
 
 
 def scene(seed: int = 0, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -171,9 +169,7 @@ def refused(result: Any, *words: str, code: int = 2) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_output_is_checked_before_training(
-    monkeypatch: pytest.MonkeyPatch, masks: Path, tmp_path: Path
-) -> None:
+def test_output_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, masks: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     monkeypatch.setattr(cli, "train_proxy", recorder)
 
@@ -490,9 +486,7 @@ def test_maps_are_the_loss_and_its_gradient(trained: tuple[Path, str]) -> None:
     total = [sum(getattr(d, name) for d in result.damages) for name in ("share_of_area", "share_of_semeda")]
     assert total[1] > 2 * total[0]
     assert all(damage.share_of_gradient > damage.share_of_area for damage in result.damages)
-    assert (
-        result.edge_probability[result.edges].mean() > result.edge_probability[~result.edges & ~void].mean()
-    )
+    assert result.edge_probability[result.edges].mean() > result.edge_probability[~result.edges & ~void].mean()
 
 
 @pytest.mark.parametrize(
@@ -536,9 +530,7 @@ def test_many_classes_strides_and_large_masks(monkeypatch: pytest.MonkeyPatch, t
         inspect_mask(mask[:0, :4], EdgeProxy(40))
 
 
-@pytest.mark.skipif(
-    not CAMVID_MASK.exists(), reason="the CamVid masks lie outside the repository and are not here"
-)
+@pytest.mark.skipif(not CAMVID_MASK.exists(), reason="the CamVid masks lie outside the repository and are not here")
 def test_inspect_on_a_street_scene(tmp_path: Path) -> None:
     EdgeProxy(11).save(tmp_path / "p.safetensors")
     options = ["--proxy", tmp_path / "p.safetensors", "--ignore-index", 11]

@@ -20,8 +20,7 @@ TOLERANCE = 1e-10
 
 def numpy_layers(proxy: EdgeProxy) -> list[form.Layer]:
     return [
-        form.Layer(w.double().numpy(), b.double().numpy())
-        for w, b in zip(proxy.weights, proxy.biases, strict=True)
+        form.Layer(w.double().numpy(), b.double().numpy()) for w, b in zip(proxy.weights, proxy.biases, strict=True)
     ]
 
 
@@ -56,9 +55,7 @@ def test_hard_labels(tap: str, distance: str, reduction: str) -> None:
     z, y = logits.detach().numpy(), target.numpy()
     v = y != VOID
     q = form.one_hot(y, NUM_CLASSES, v)
-    maps = form.maps(
-        z, q, v, numpy_layers(proxy), scales=proxy.layer_scales(distance), tap=tap, distance=distance
-    )
+    maps = form.maps(z, q, v, numpy_layers(proxy), scales=proxy.layer_scales(distance), tap=tap, distance=distance)
     ce_map, divisor = form.cross_entropy(z, q, v, weight.numpy(), 0.1, soft=False)
     semeda_map = 0.5 * maps[0] + 1.0 * maps[1] + 2.0 * maps[2]
     count = v.sum()
@@ -70,9 +67,7 @@ def test_hard_labels(tap: str, distance: str, reduction: str) -> None:
     np.testing.assert_allclose(got.ce.numpy(), ce, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_allclose(got.semeda.numpy(), semeda, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_allclose(got.per_layer.numpy(), per_layer, rtol=TOLERANCE, atol=TOLERANCE)
-    np.testing.assert_allclose(
-        got.loss.detach().numpy(), 0.7 * ce + 1.3 * semeda, rtol=TOLERANCE, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(got.loss.detach().numpy(), 0.7 * ce + 1.3 * semeda, rtol=TOLERANCE, atol=TOLERANCE)
     assert int(got.valid_count) == count
 
 
@@ -103,9 +98,7 @@ def test_soft_targets_with_a_validity_mask() -> None:
     weight = torch.tensor([0.5, 1.0, 2.0, 0.25, 3.0], dtype=torch.float64)
     got = run(proxy, logits, q, valid, weight=weight, label_smoothing=0.2)
     z, v = logits.detach().numpy(), valid.numpy()
-    maps = form.maps(
-        z, q.numpy(), v, numpy_layers(proxy), scales=proxy.layer_scales("l1"), tap="pre", distance="l1"
-    )
+    maps = form.maps(z, q.numpy(), v, numpy_layers(proxy), scales=proxy.layer_scales("l1"), tap="pre", distance="l1")
     ce_map, divisor = form.cross_entropy(z, q.numpy(), v, weight.numpy(), 0.2, soft=True)
     np.testing.assert_allclose(float(got.ce), ce_map.sum() / divisor, rtol=TOLERANCE)
     np.testing.assert_allclose(float(got.semeda), sum(m.sum() for m in maps) / v.sum(), rtol=TOLERANCE)
@@ -160,9 +153,7 @@ def test_probabilities_in_place_of_logits() -> None:
     ("weighted", "smoothing", "soft", "reduction"),
     list(itertools.product([False, True], [0.0, 0.3], [False, True], ["mean", "sum", "none"])),
 )
-def test_lambda_zero_is_torch_cross_entropy(
-    weighted: bool, smoothing: float, soft: bool, reduction: str
-) -> None:
+def test_lambda_zero_is_torch_cross_entropy(weighted: bool, smoothing: float, soft: bool, reduction: str) -> None:
     proxy = make_proxy()
     void = -100 if soft else VOID  # torch takes no other ignore_index beside a float target
     logits, target = make_inputs(dtype=torch.float64, void=0.0 if soft else 0.2)
@@ -233,9 +224,7 @@ def test_a_layer_at_lower_resolution_counts_each_position_for_its_pixels() -> No
     got = criterion(logits, target)
     v = (target != VOID).double()
     p = logits.softmax(1) * v.unsqueeze(1)
-    q = F.one_hot(torch.where(target == VOID, 0, target), NUM_CLASSES).permute(
-        0, 3, 1, 2
-    ).double() * v.unsqueeze(1)
+    q = F.one_hot(torch.where(target == VOID, 0, target), NUM_CLASSES).permute(0, 3, 1, 2).double() * v.unsqueeze(1)
     network = network.double()
     first = (network[0](p) - network[0](q)).abs().mean(1) * v
     second = (network(p) - network(q)).abs().mean(1)

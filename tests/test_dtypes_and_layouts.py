@@ -39,9 +39,7 @@ def test_half_precision_stays_finite_at_512(case: Case, dtype: torch.dtype) -> N
     assert torch.isfinite(loss)
     assert grad.dtype == dtype
     assert torch.isfinite(grad).all()
-    summed = SemedaLoss(make_proxy(3), ignore_index=VOID, backend=case.backend, reduction="sum").to(
-        case.device
-    )
+    summed = SemedaLoss(make_proxy(3), ignore_index=VOID, backend=case.backend, reduction="sum").to(case.device)
     total, total_grad = value_and_grad(summed, logits, target)
     assert total > 65504  # beyond fp16
     assert torch.isfinite(total)
@@ -54,9 +52,7 @@ def test_the_loss_is_fp32(case: Case, dtype: torch.dtype) -> None:
     logits, target = make_inputs(dtype=dtype, device=case.device)
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
     result = criterion(logits, target, return_components=True)
-    assert {result.loss.dtype, result.ce.dtype, result.semeda.dtype, result.per_layer.dtype} == {
-        torch.float32
-    }
+    assert {result.loss.dtype, result.ce.dtype, result.semeda.dtype, result.per_layer.dtype} == {torch.float32}
     assert result.valid_count.dtype == torch.int64
 
 
@@ -145,9 +141,7 @@ def test_an_ignore_index_that_the_labels_cannot_hold(case: Case) -> None:
 
 def test_ignore_index_may_be_a_class(case: Case) -> None:
     logits, target = make_inputs(void=0.0, device=case.device)
-    criterion = SemedaLoss(make_proxy(), ignore_index=2, backend=case.backend, lambda_semeda=0.0).to(
-        case.device
-    )
+    criterion = SemedaLoss(make_proxy(), ignore_index=2, backend=case.backend, lambda_semeda=0.0).to(case.device)
     theirs = F.cross_entropy(logits, target, ignore_index=2)
     torch.testing.assert_close(criterion(logits, target), theirs, rtol=1e-6, atol=0)
     assert (target == 2).any()
@@ -178,7 +172,5 @@ def test_one_channel_is_binary(case: Case) -> None:
 def test_soft_targets_within_the_budget(case: Case) -> None:
     logits, target = make_inputs(device=case.device)
     q = torch.softmax(torch.randn(logits.shape), dim=1).to(case.device)
-    assert_within_budget(
-        logits, q, make_proxy(), case.backend, valid_mask=target != VOID, label_smoothing=0.1
-    )
+    assert_within_budget(logits, q, make_proxy(), case.backend, valid_mask=target != VOID, label_smoothing=0.1)
     assert q.shape[1] == NUM_CLASSES

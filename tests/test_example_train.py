@@ -370,6 +370,20 @@ def test_samples_depend_on_seed_epoch_and_index_alone(scenes: Path, tmp_path: Pa
     assert not (target[..., :40] == VOID).all()
 
 
+def test_held_out_images_are_not_trained_on(scenes: Path, tmp_path: Path) -> None:
+    argv = arguments(scenes, tmp_path)
+    argv = [part for part in argv if not part.startswith("--val") and "/val/" not in part.replace("\\", "/")]
+    train_set, val_set = data.make_datasets(options.parse_args([*argv, "--val-fraction", "0.2"], ""))
+    assert len(val_set) == 5
+    assert len(train_set) == 20
+    assert len({*train_set.pairs, *val_set.pairs}) == 25
+    again = data.make_datasets(options.parse_args([*argv, "--val-fraction", "0.2"], ""))
+    assert again[1].pairs == val_set.pairs
+    few, few_val = data.make_datasets(options.parse_args([*argv, "--limit", "4"], ""))
+    assert len(few) == len(few_val) == 4
+    assert {*few.pairs} < {*train_set.pairs}
+
+
 def test_resized_masks_keep_their_labels(scenes: Path, tmp_path: Path) -> None:
     args = options.parse_args(arguments(scenes, tmp_path, "--size", "16x20"), "")
     _, val_set = data.make_datasets(args)
@@ -450,9 +464,7 @@ def test_wrong_files_are_named(scenes: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(error.strip().splitlines()) == 1
 
 
-def test_wrong_folders_and_class_counts(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_folders_and_class_counts(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     missing = str(tmp_path / "nowhere")
     assert "nowhere" in refused(arguments(scenes, output, "--masks", missing), capsys)
@@ -505,9 +517,7 @@ def test_outputs_are_not_overwritten_or_mixed(
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
 
-def test_a_broken_checkpoint_is_refused(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_checkpoint_is_refused(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "executed",))

@@ -216,9 +216,7 @@ def test_of_several_writers_at_once_exactly_one_wins(tmp_path: Path) -> None:
 
     def work(number: int) -> None:
         try:
-            write(
-                target, str(number) * 10_000, then=lambda _: barrier.wait(timeout=30)
-            )  # all saw a free path
+            write(target, str(number) * 10_000, then=lambda _: barrier.wait(timeout=30))  # all saw a free path
         except FileExistsError:
             refused.append(number)
 

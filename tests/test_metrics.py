@@ -23,9 +23,7 @@ ALL = pytest.mark.parametrize("metric", METRICS, ids=lambda cls: cls.__name__)
 # ----------------------------------------------------------------------------- slow forms
 
 
-def slow_boundary_iou(
-    preds: np.ndarray, targets: np.ndarray, classes: int, width: int | None, ratio: float
-) -> Any:
+def slow_boundary_iou(preds: np.ndarray, targets: np.ndarray, classes: int, width: int | None, ratio: float) -> Any:
     """As in the authors' code: mask minus its iterated 3x3 erosion, the frame being background."""
     inter, union = np.zeros(classes), np.zeros(classes)
     for pred, target in zip(preds, targets, strict=True):
@@ -43,9 +41,7 @@ def slow_boundary_iou(
         return inter / union
 
 
-def slow_trimap_iou(
-    preds: np.ndarray, targets: np.ndarray, classes: int, width: int, around_void: bool
-) -> Any:
+def slow_trimap_iou(preds: np.ndarray, targets: np.ndarray, classes: int, width: int, around_void: bool) -> Any:
     """Pixel by pixel."""
     inter, union = np.zeros(classes), np.zeros(classes)
     for pred, target in zip(preds, targets, strict=True):
@@ -107,9 +103,7 @@ def slow_boundary_f(preds: np.ndarray, targets: np.ndarray, classes: int, tolera
     return {name: np.array(values) for name, values in scores.items()}
 
 
-def random_maps(
-    seed: int, classes: int, size: tuple[int, int], n: int = 2, void: bool = True
-) -> tuple[Any, Any]:
+def random_maps(seed: int, classes: int, size: tuple[int, int], n: int = 2, void: bool = True) -> tuple[Any, Any]:
     """Blobs of `classes` labels with blobs of void, and a prediction that differs in places."""
     rng = np.random.default_rng(seed)
     noise = ndimage.gaussian_filter(rng.standard_normal((n, classes, *size)), (0, 0, 1.5, 1.5))
@@ -290,9 +284,7 @@ def test_tiny_images(shape: tuple[int, int, int]) -> None:
     pred, target = rng.integers(0, 3, shape), rng.integers(0, 3, shape)
     target.flat[0] = VOID if target.size > 3 else 1
     close(score(BoundaryIoU(3, average="none"), pred, target), slow_boundary_iou(pred, target, 3, None, 0.02))
-    close(
-        score(TrimapIoU(3, width=2, average="none"), pred, target), slow_trimap_iou(pred, target, 3, 2, False)
-    )
+    close(score(TrimapIoU(3, width=2, average="none"), pred, target), slow_trimap_iou(pred, target, 3, 2, False))
     close(score(BoundaryF(3, average="none"), pred, target), slow_boundary_f(pred, target, 3, 3)["f"])
 
 
@@ -334,9 +326,7 @@ def test_logits_of_any_layout_and_dtype_equal_labels(metric: Any) -> None:
 
 
 @ALL
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
-)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
 def test_integer_dtypes(metric: Any, dtype: torch.dtype) -> None:
     pred, target = random_maps(22, 6, (20, 26))
     void = 100 if dtype == torch.int8 else 255

@@ -44,9 +44,7 @@ def test_no_parameters_and_an_empty_state_dict(case: Case) -> None:
         lambda m: m.zero_grad() or m,
         copy.deepcopy,
         lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: (
-            m.to("cpu", torch.float64) if next(m.buffers()).device.type == "cpu" else m.to(torch.float64)
-        ),
+        lambda m: m.to("cpu", torch.float64) if next(m.buffers()).device.type == "cpu" else m.to(torch.float64),
     ],
 )
 def test_survives(case: Case, change: object) -> None:

@@ -204,9 +204,7 @@ def test_mode_none_builds_a_pure_wheel_with_everything_in_it(source: Path, tmp_p
         for pattern in ("*.py", "py.typed", "proxy/*.py", "proxy/weights/*.safetensors")
         for path in (ROOT / "semeda_fast").glob(pattern)
     }
-    expected |= {
-        f"semeda_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")
-    }
+    expected |= {f"semeda_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert "semeda_fast/py.typed" in expected
     assert any(name.endswith(".safetensors") for name in expected)
     assert {name for name in content if not name.startswith(info)} == expected

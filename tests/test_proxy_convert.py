@@ -158,9 +158,7 @@ def test_named_modules_are_taken() -> None:
 def test_weights_come_over_exactly_where_nothing_is_folded() -> None:
     network = nn.Sequential(*TAKEN["plain"]())
     proxy = EdgeProxy.from_sequential(network)
-    for module, weight, bias in zip(
-        (network[0], network[2], network[4]), proxy.weights, proxy.biases, strict=True
-    ):
+    for module, weight, bias in zip((network[0], network[2], network[4]), proxy.weights, proxy.biases, strict=True):
         assert isinstance(module, nn.Conv2d)
         assert module.bias is not None
         assert torch.equal(weight, module.weight)
@@ -383,9 +381,7 @@ def test_a_refusal_names_the_layer_and_the_cause(name: str) -> None:
 
 
 def test_layers_of_an_ordered_dict_are_named_by_their_names() -> None:
-    network = nn.Sequential(
-        OrderedDict(stem=conv(4, 6), act=nn.ReLU(), head=nn.Sequential(OrderedDict(out=nn.Tanh())))
-    )
+    network = nn.Sequential(OrderedDict(stem=conv(4, 6), act=nn.ReLU(), head=nn.Sequential(OrderedDict(out=nn.Tanh()))))
     with pytest.raises(ValueError, match=r"layer 'head\.out' \(Tanh\(\)\)"):
         EdgeProxy.from_sequential(network)
 
@@ -395,9 +391,7 @@ def test_a_pooling_at_the_end_is_refused() -> None:
         EdgeProxy.from_sequential(nn.Sequential(conv(4, 6), nn.ReLU(), nn.MaxPool2d(2)))
 
 
-@pytest.mark.parametrize(
-    "modules", [[], [nn.Dropout()], [nn.Sequential()]], ids=["empty", "dropout", "nested"]
-)
+@pytest.mark.parametrize("modules", [[], [nn.Dropout()], [nn.Sequential()]], ids=["empty", "dropout", "nested"])
 def test_a_network_without_a_convolution_is_refused(modules: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"holds no nn\.Conv2d"):
         EdgeProxy.from_sequential(nn.Sequential(*modules))

@@ -29,8 +29,7 @@ def make_proxy(**options: Any) -> EdgeProxy:
     """A proxy that differs from every default."""
     generator = torch.Generator().manual_seed(5)
     weights = [
-        torch.randn((x.out_channels, x.in_channels, x.kernel_size, x.kernel_size), generator=generator)
-        for x in LAYERS
+        torch.randn((x.out_channels, x.in_channels, x.kernel_size, x.kernel_size), generator=generator) for x in LAYERS
     ]
     biases = [torch.randn(x.out_channels, generator=generator) for x in LAYERS]
     biases[0][:3] = torch.tensor([0.1, 1e-42, -3e38])  # rounding, a denormal number, a large one
@@ -186,9 +185,7 @@ def test_bytes_behind_the_end_are_refused(saved: Path) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_random_bytes_are_refused(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "proxy.safetensors"
-    path.write_bytes(
-        bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(seed)).tolist())
-    )
+    path.write_bytes(bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(seed)).tolist()))
     assert_refused(path)
 
 
@@ -269,9 +266,7 @@ def test_a_missing_metadata_key_is_refused(saved: Path, name: str) -> None:
     assert_refused(rewrite(saved, without=(name,)))
 
 
-@pytest.mark.parametrize(
-    "name", ["layers", "tap", "distance", "layer_weights", "scales", "provenance", "quality"]
-)
+@pytest.mark.parametrize("name", ["layers", "tap", "distance", "layer_weights", "scales", "provenance", "quality"])
 def test_a_missing_field_is_refused(saved: Path, name: str) -> None:
     assert_refused(rewrite(saved, without=(name,)), f"describes no valid proxy: KeyError.*{name}")
 
@@ -356,9 +351,7 @@ def test_a_missing_tensor_is_refused(saved: Path, name: str) -> None:
 def test_weights_that_are_not_finite_are_refused(saved: Path, name: str, value: float) -> None:
     numbers = (make_proxy().weights[1] if name == "1.weight" else make_proxy().biases[2]).clone()
     numbers.view(-1)[-1] = value
-    assert_refused(
-        rewrite(saved, tensors={name: numbers}), f"layer {name[0]} holds weights that are not finite"
-    )
+    assert_refused(rewrite(saved, tensors={name: numbers}), f"layer {name[0]} holds weights that are not finite")
 
 
 def test_float64_weights_that_overflow_float32_are_refused(saved: Path) -> None:

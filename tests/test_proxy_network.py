@@ -28,9 +28,7 @@ def random_weights(
     return weights, [draw(x.out_channels) for x in layers]
 
 
-def random_proxy(
-    layers: list[ProxyLayer], *, positive: bool = False, seed: int = 0, **options: Any
-) -> EdgeProxy:
+def random_proxy(layers: list[ProxyLayer], *, positive: bool = False, seed: int = 0, **options: Any) -> EdgeProxy:
     return EdgeProxy.from_tensors(layers, *random_weights(layers, positive=positive, seed=seed), **options)
 
 
@@ -113,9 +111,7 @@ def test_a_layer_refuses(options: dict[str, int], message: str) -> None:
 def test_from_tensors_names_the_layer_and_both_shapes() -> None:
     layers = [ProxyLayer(2, 3), ProxyLayer(3, 2)]
     weights, biases = random_weights(layers)
-    with pytest.raises(
-        ValueError, match=r"layer 1: expected a weight of shape \(2, 3, 3, 3\).*got \(2, 3, 5, 5\)"
-    ):
+    with pytest.raises(ValueError, match=r"layer 1: expected a weight of shape \(2, 3, 3, 3\).*got \(2, 3, 5, 5\)"):
         EdgeProxy.from_tensors(layers, [weights[0], torch.zeros(2, 3, 5, 5)], biases)
     with pytest.raises(ValueError, match=r"layer 0: .* bias of \(3,\), got \(3, 2, 3, 3\) and \(4,\)"):
         EdgeProxy.from_tensors(layers, weights, [torch.zeros(4), biases[1]])
@@ -143,9 +139,7 @@ def test_from_tensors_refuses_weights_that_are_not_finite(value: float) -> None:
 def test_from_tensors_refuses_float64_weights_that_overflow_float32() -> None:
     layer = ProxyLayer(1, 1, 1)
     with pytest.raises(ValueError, match="layer 0 holds weights that are not finite"):
-        EdgeProxy.from_tensors(
-            [layer], [torch.full((1, 1, 1, 1), 1e300, dtype=torch.float64)], [torch.zeros(1)]
-        )
+        EdgeProxy.from_tensors([layer], [torch.full((1, 1, 1, 1), 1e300, dtype=torch.float64)], [torch.zeros(1)])
 
 
 @pytest.mark.parametrize(
@@ -312,9 +306,7 @@ def test_the_receptive_field_is_what_a_perturbation_shows(name: str) -> None:
     layers, expected = FIELDS[name]
     proxy = random_proxy(layers, positive=True)
     size = 44
-    images = torch.zeros(
-        size, 1, 1, size
-    )  # image i has pixel i of a row set; by symmetry the columns need no test
+    images = torch.zeros(size, 1, 1, size)  # image i has pixel i of a row set; by symmetry the columns need no test
     images[range(size), 0, 0, range(size)] = 1.0
     images = images.expand(-1, -1, size, -1)
     clean = proxy.edge_logits(torch.zeros(1, 1, size, size))
@@ -452,9 +444,7 @@ def test_a_cast_leaves_every_bit_alone(name: str, inside: bool) -> None:
 def test_moves_between_devices_pass_with_and_without_a_cast() -> None:
     proxy = random_proxy(STACKS["default"])
     for moved in (copy.deepcopy(proxy).to("meta"), copy.deepcopy(proxy).to("meta", torch.float16)):
-        assert all(
-            tensor.device.type == "meta" and tensor.dtype == torch.float32 for tensor in everything(moved)
-        )
+        assert all(tensor.device.type == "meta" and tensor.dtype == torch.float32 for tensor in everything(moved))
     empty = copy.deepcopy(proxy).to_empty(device="cpu")
     assert [tensor.shape for tensor in everything(empty)] == [tensor.shape for tensor in everything(proxy)]
 

@@ -104,9 +104,7 @@ def slow_quality(proxy: EdgeProxy, masks: list[Tensor], radius: int, ignore_inde
 @pytest.mark.parametrize(
     ("radius", "void", "ignore_index", "edge_classes"), [(1, 0.0, -100, 2), (1, 0.3, 255, 2), (2, 0.2, -1, 3)]
 )
-def test_edge_quality_matches_a_slow_count(
-    radius: int, void: float, ignore_index: int, edge_classes: int
-) -> None:
+def test_edge_quality_matches_a_slow_count(radius: int, void: float, ignore_index: int, edge_classes: int) -> None:
     proxy = random_proxy(edge_classes=edge_classes)
     masks = blocky(3, 13, 18, void=void, ignore_index=ignore_index)
     quality = edge_quality(proxy, masks, radius=radius, ignore_index=ignore_index)
@@ -159,9 +157,7 @@ def test_masks_of_void_alone_give_zeros_and_not_nan() -> None:
         "masks": 2,
         "pixels": 0,
     }
-    assert measure_scales(random_proxy(), masks, ignore_index=255) == dict.fromkeys(
-        DISTANCES, (1.0, 1.0, 1.0)
-    )
+    assert measure_scales(random_proxy(), masks, ignore_index=255) == dict.fromkeys(DISTANCES, (1.0, 1.0, 1.0))
 
 
 # --- scales -----------------------------------------------------------------------------------------------
@@ -190,9 +186,7 @@ def slow_scales(proxy: EdgeProxy, masks: list[Tensor], ignore_index: int) -> dic
         valid = np.array(mask) != ignore_index
         pixels += int(valid.sum())
         layers = numpy_layers(proxy)
-        for number, (a, b) in enumerate(
-            zip(taps(p, layers, proxy.tap), taps(q, layers, proxy.tap), strict=True)
-        ):
+        for number, (a, b) in enumerate(zip(taps(p, layers, proxy.tap), taps(q, layers, proxy.tap), strict=True)):
             for distance in DISTANCES:
                 sums[distance][number] += float(rho(a - b, distance).mean(axis=0)[valid].sum())
     return {distance: [value / pixels for value in values] for distance, values in sums.items()}
@@ -211,9 +205,7 @@ def test_scales_match_their_definition(tap: str, void: float, ignore_index: int)
     assert set(scales) == set(DISTANCES)
     for distance in DISTANCES:
         assert scales[distance] == pytest.approx(expected[distance], rel=1e-5)
-    assert (
-        len({round(value, 6) for values in scales.values() for value in values}) == 9
-    )  # nine different numbers
+    assert len({round(value, 6) for values in scales.values() for value in values}) == 9  # nine different numbers
 
 
 def test_the_corruption_matches_its_definition() -> None:
@@ -243,17 +235,13 @@ def test_scales_look_at_the_first_32_masks() -> None:
 def test_scales_do_not_depend_on_the_scales_that_the_proxy_has() -> None:
     masks = blocky(2, 9, 9)
     scales = measure_scales(random_proxy(), masks)
-    assert (
-        measure_scales(random_proxy(scales=scales, layer_weights=(0, 2, 1), distance="l2"), masks) == scales
-    )
+    assert measure_scales(random_proxy(scales=scales, layer_weights=(0, 2, 1), distance="l2"), masks) == scales
 
 
 @pytest.mark.parametrize("tap", ["pre", "post"])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("void", [0.0, 0.3])
-def test_each_layer_of_the_loss_is_one_for_the_standard_corruption(
-    tap: str, distance: str, void: float
-) -> None:
+def test_each_layer_of_the_loss_is_one_for_the_standard_corruption(tap: str, distance: str, void: float) -> None:
     masks = blocky(4, 19, 23, void=void)
     proxy = random_proxy(tap, scales=measure_scales(random_proxy(tap), masks, ignore_index=255))
     valid = masks != 255

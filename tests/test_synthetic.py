@@ -159,7 +159,7 @@ def test_later_objects_cover_the_void_of_earlier_ones() -> None:
     canvas.polygon(square, 1, rim=3)
     before = canvas.void().copy()
     assert before.any()
-    canvas.polygon(square + (5, 0), 2)
+    canvas.polygon(square + np.array([5, 0]), 2)
     covered = canvas.labels() == 2
     assert (before & covered).any()
     np.testing.assert_array_equal(canvas.void(), before & ~covered)

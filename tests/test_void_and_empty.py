@@ -16,9 +16,7 @@ POISONS = [0.0, 1e4, -1e4, float("nan"), float("inf"), float("-inf")]
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_void_logits_change_nothing(case: Case, poison: float, reduction: str) -> None:
     logits, target = make_inputs(device=case.device)
-    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, reduction=reduction, backend=case.backend).to(
-        case.device
-    )
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, reduction=reduction, backend=case.backend).to(case.device)
     loss, grad = value_and_grad(criterion, logits, target)
     changed = logits.detach().clone()
     void = (target == VOID).unsqueeze(1).expand_as(changed)
@@ -38,9 +36,7 @@ def test_void_is_what_the_mask_says(case: Case) -> None:
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
     loss, grad = value_and_grad(criterion, logits, target)
     valid = target != VOID
-    loss_masked, grad_masked = value_and_grad(
-        criterion, logits, torch.where(valid, target, 3), valid_mask=valid
-    )
+    loss_masked, grad_masked = value_and_grad(criterion, logits, torch.where(valid, target, 3), valid_mask=valid)
     assert torch.equal(loss, loss_masked)
     assert torch.equal(grad, grad_masked)
 
@@ -57,9 +53,7 @@ def test_the_mean_counts_valid_pixels_only(case: Case) -> None:
     for mean, total in zip(results["mean"][:4], results["sum"][:4], strict=True):
         torch.testing.assert_close(mean, total / count, rtol=1e-6, atol=0)
     # Void rows below change nothing for cross-entropy.
-    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, lambda_semeda=0.0, backend=case.backend).to(
-        case.device
-    )
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, lambda_semeda=0.0, backend=case.backend).to(case.device)
     more = torch.cat([logits.detach(), torch.randn_like(logits)], dim=2)
     more_target = torch.cat([target, torch.full_like(target, VOID)], dim=1)
     torch.testing.assert_close(criterion(more, more_target), criterion(logits, target), rtol=1e-6, atol=0)

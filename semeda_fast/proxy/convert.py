@@ -32,12 +32,16 @@ def from_sequential(
     """
     if not isinstance(network, nn.Sequential):
         raise TypeError(f"from_sequential expects an nn.Sequential, got {type(network).__name__}")
+    if _has_own_forward(network):
+        raise TypeError(f"from_sequential expects a plain nn.Sequential; {type(network).__name__} has its own forward")
     layers: list[ProxyLayer] = []
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     state, pool = "relu", 0  # the kind of the last layer that did something, and the pooling it waits with
     for name, module in _flatten(network):
         where = f"layer {name!r} ({module})"
+        if _has_own_forward(module):
+            raise ValueError(f"{where} cannot be run: its class overrides the forward that it inherits")
         if isinstance(module, _INERT):
             continue
         if isinstance(module, nn.Conv2d):
@@ -94,11 +98,17 @@ def from_sequential(
 
 
 def _flatten(network: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, module in network.named_children():
-        if isinstance(module, nn.Sequential):
+    # Not named_children(): it leaves out the second appearance of a module.
+    for name, module in network._modules.items():
+        if isinstance(module, nn.Sequential) and not _has_own_forward(module):
             yield from _flatten(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    kinds = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, *_INERT)
+    return any(isinstance(module, kind) and type(module).forward is not kind.forward for kind in kinds)
 
 
 def _check_convolution(conv: nn.Conv2d, where: str) -> None:

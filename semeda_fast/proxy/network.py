@@ -38,6 +38,9 @@ class ProxyLayer:
     pool: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
         if self.in_channels < 1 or self.out_channels < 1:
             raise ValueError(f"a layer needs at least 1 channel, got {self.in_channels} -> {self.out_channels}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -145,10 +148,10 @@ class EdgeProxy(Float32Buffers):
                     f"layer {number}: expected a weight of shape {shape} and a bias of {shape[:1]}, "
                     f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
                 )
-            if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-                raise ValueError(f"layer {number} holds weights that are not finite")
             for name, value in (("weight", weight), ("bias", bias)):
                 value = value.detach().to(torch.float32).contiguous().clone()
+                if not torch.isfinite(value).all():
+                    raise ValueError(f"layer {number} holds weights that are not finite (as float32)")
                 self.register_buffer(f"{name}{number}", value, persistent=False)
 
     @classmethod

@@ -40,7 +40,11 @@ def save_proxy(proxy: EdgeProxy, path: str | os.PathLike[str], *, overwrite: boo
         "provenance": proxy.provenance,
         "quality": proxy.quality,
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "proxy": json.dumps(description, sort_keys=True)}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "proxy": json.dumps(description, sort_keys=True),
+    }
     tensors = {}
     for number, (weight, bias) in enumerate(zip(proxy.weights, proxy.biases, strict=True)):
         tensors[f"{number}.weight"], tensors[f"{number}.bias"] = weight.cpu(), bias.cpu()
@@ -61,8 +65,9 @@ def load_proxy(path: str | os.PathLike[str]) -> EdgeProxy:
     if file.is_dir():
         raise ProxyFileError(f"{file} is a folder; expected a proxy file (*.safetensors)")
     with file.open("rb") as stream:
-        start = stream.read(4)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        start = stream.read(9)
+    # The length of a safetensors header may begin as pickles do (640 is b"\x80\x02"), but then "{" follows.
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
         raise ProxyFileError(
             f"{file} is a pickle (torch.save), which can run code when loaded and is refused; load it yourself "
             "if you trust it, then EdgeProxy.from_sequential(network).save('proxy.safetensors')"
@@ -87,7 +92,7 @@ def load_proxy(path: str | os.PathLike[str]) -> EdgeProxy:
         )
     try:
         return _build(json.loads(metadata["proxy"]), tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever odd contents lead to: AttributeError, OverflowError, RecursionError
         raise ProxyFileError(f"{file} describes no valid proxy: {error!r}; train it again") from error
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def train_proxy(
         widths, kernel_size, tap, distance, layer_weights: of the EdgeProxy.
         radius: of the edge labels, in pixels.
         void: "mask" feeds void pixels as the zero vector, as the loss does, and leaves them out of training;
-            "nearest" fills them with the nearest label first (needs scipy).
+            "nearest" fills them with the nearest label of their crop (needs scipy).
         noise: standard deviation of the noise on the one-hot map.
         temperature: of the softmax, or "auto": the one at which a pixel without noise has probability 0.9.
         steps, batch_size, crop_size, lr: of the training; batch_size counts all processes together, crop_size
@@ -129,7 +130,14 @@ def train_proxy(
     per_loader = batch_size if split else batch_size // accelerator.num_processes
     network: nn.Module = _Network(proxy)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    network, optimizer, loader = accelerator.prepare(network, optimizer, DataLoader(crops, per_loader))
+    # A generator of its own: without one, a DataLoader draws a seed from the global random state.
+    loader = DataLoader(crops, per_loader, generator=torch.Generator())
+    # What prepare() registers would end up in the caller's save_state(), so it is taken out again.
+    registries = (accelerator._models, accelerator._optimizers, accelerator._dataloaders)
+    counts = [len(registry) for registry in registries]
+    network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    for registry, count in zip(registries, counts, strict=True):
+        del registry[count:]
     generator = torch.Generator(accelerator.device).manual_seed(seed * 1_000_003 + accelerator.process_index)
     dealer = torch.Generator().manual_seed(seed)  # deals the same columns in every process
 
@@ -162,6 +170,8 @@ def train_proxy(
         provenance={
             "trained": True,
             "masks": describe(masks),
+            "val_masks": f"{val_fraction} of masks" if val_masks is None else describe(val_masks),
+            "columns": columns,
             "mask_count": len(train),  # type: ignore[arg-type]
             "edge_radius": radius,
             "void": void,
@@ -245,8 +255,15 @@ class _Masks(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if index in self.cache:
             return self.cache[index]
-        mask = torch.as_tensor(self.source[index])
-        if mask.dim() != 2 or mask.is_floating_point():
+        item = self.source[index]
+        try:
+            mask = torch.as_tensor(item)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"mask {index} must be integer labels [H,W], got {type(item).__name__}; "
+                "a Dataset of masks gives masks alone, no (image, mask) pairs"
+            ) from error
+        if mask.dim() != 2 or mask.numel() == 0 or mask.is_floating_point():
             raise ValueError(f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}")
         valid = not_ignored(mask, self.ignore_index)
         labels = torch.where(valid, mask.long(), 0)
@@ -288,10 +305,11 @@ class _Crops(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if index >= self.length:
             raise IndexError(index)
-        generator = torch.Generator().manual_seed((self.seed << 32) + index)
+        # Not a torch.Generator, which drops all but the low 32 bits of a seed such as (seed << 32) + index.
+        rng = np.random.default_rng((self.seed & 0xFFFF_FFFF_FFFF_FFFF, index))
 
         def draw(below: int) -> int:
-            return int(torch.randint(below, (), generator=generator))
+            return int(rng.integers(below))
 
         mask = self.masks[draw(len(self.masks))]  # type: ignore[arg-type]
         size = self.size
