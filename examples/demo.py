@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -26,7 +27,7 @@ import torch
 from data import EpochBatches, InputError, Pairs, make_datasets, make_loader
 from options import parse_args as parse_train_args
 from PIL import Image
-from report import paint, palette
+from report import add_legend, paint, palette
 from torch import Tensor
 from torch.utils.data import Dataset
 from unet import build_network
@@ -59,6 +60,9 @@ class TargetsOf(Dataset[Tensor]):
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     started = time.perf_counter()
+    # Networks this small gain little from more threads, and lose much where other programs want the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         prepare_output(args)
         data = data_options(args)
@@ -80,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"error: the training ended with exit code {error.returncode}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The next demo starts from the beginning.", file=sys.stderr)
+        return 130
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {args.output / 'comparison.png'}")
     return 0
 
@@ -91,8 +98,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-classes", type=int, help="of your masks: labels are 0 .. N-1")
     parser.add_argument("--ignore-index", type=int, default=255, help="label of void pixels (255)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--steps", type=int, default=720, help="training steps of each network (720)")
-    parser.add_argument("--proxy-steps", type=int, default=250, help="training steps of the proxy (250)")
+    parser.add_argument("--steps", type=int, default=480, help="training steps of each network (480)")
+    parser.add_argument("--proxy-steps", type=int, default=200, help="training steps of the proxy (200)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if (args.images is None) != (args.masks is None):
@@ -153,7 +160,7 @@ def training_options(args: argparse.Namespace, data: list[str]) -> list[str]:
     plan: dict[str, Any] = {"--size": f"{height}x{width}", "--crop": f"{2 * height // 3}x{3 * width // 4}"}
     # The rate is high for AdamW, because the training is short.
     plan |= {"--width": 8, "--batch-size": BATCH, "--epochs": epochs, "--lr": 4e-3, "--seed": args.seed}
-    plan |= {"--val-every": max(1, epochs // 3), "--log-every": 10, "--pictures": 3}
+    plan |= {"--val-every": -(-epochs // 3), "--log-every": 10, "--pictures": 3}
     return [*data, *(str(part) for pair in plan.items() for part in pair)]
 
 
@@ -166,7 +173,7 @@ def make_proxy(args: argparse.Namespace, train_set: Pairs, val_set: Pairs) -> Pa
         val_masks=TargetsOf(val_set),
         steps=args.proxy_steps,
         batch_size=8,
-        crop_size=64,
+        crop_size=48,
         seed=args.seed,
     )
     file: Path = args.output / "proxy.safetensors"
@@ -229,10 +236,10 @@ def report(output: Path, train_set: Pairs, val_set: Pairs, seconds: dict[str, fl
         path.write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     say("Result")
     print(f"{table}\n\n{note}")
-    draw_comparison(output, val_set)
+    draw_comparison(output, val_set, list(found["ce"]["class_iou"]))
 
 
-def draw_comparison(output: Path, val_set: Pairs) -> None:
+def draw_comparison(output: Path, val_set: Pairs, class_names: list[str]) -> None:
     """comparison.png: each image in full, and below it the window with the most label edges."""
     import matplotlib
 
@@ -277,10 +284,11 @@ def draw_comparison(output: Path, val_set: Pairs) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.suptitle(
-        "Validation images, evenly spaced. Window: where the ground truth has most label edges. "
-        "Black outline: wrong pixels. White: void.",
+        "Validation images, evenly spaced. Window: where the ground truth has most label edges; "
+        "wrong pixels there are outlined.",
         fontsize=9,
     )
+    add_legend(figure, set(range(val_set.num_classes)), class_names, colours)
     with atomic_path(output / "comparison.png", overwrite=True) as path:
         figure.savefig(path, dpi=110)
     plt.close(figure)

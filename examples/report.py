@@ -112,7 +112,6 @@ def draw_predictions(folder: Path, network: nn.Module, dataset: Pairs, indices: 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.patches import Patch
 
     colours = palette(dataset.num_classes)
     height, width = rows[0][1].shape[:2]
@@ -132,13 +131,7 @@ def draw_predictions(folder: Path, network: nn.Module, dataset: Pairs, indices: 
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     present = {int(label) for _, _, mask, found in rows for label in np.unique([mask, found])}
-    shown = sorted(present - {dataset.ignore_index})[:40]
-    patches = [Patch(color=_hex(colours[label]), label=names[label]) for label in shown]
-    patches += [
-        Patch(facecolor="white", edgecolor="grey", label="void"),
-        Patch(color="black", label="wrong"),
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=10, fontsize=8, frameon=False)
+    add_legend(figure, present - {dataset.ignore_index}, names, colours)
     with atomic_path(folder / "predictions.png", overwrite=True) as path:
         figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -156,6 +149,16 @@ def palette(num_classes: int) -> np.ndarray:
     return (255 * colours).astype(np.uint8)
 
 
+def add_legend(figure: Any, labels: set[int], names: list[str], colours: np.ndarray) -> None:
+    """Name the colours of `labels` (the first 40), of void and of errors below the figure."""
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=_hex(colours[label]), label=names[label]) for label in sorted(labels)[:40]]
+    patches.append(Patch(facecolor="white", edgecolor="grey", label="void"))
+    patches.append(Patch(color="black", label="wrong"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=10, fontsize=8, frameon=False)
+
+
 def paint(labels: np.ndarray, colours: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     """Labels [H,W] -> RGB uint8 [H,W,3]; white where `valid` is False."""
     if valid is None:
@@ -165,7 +168,7 @@ def paint(labels: np.ndarray, colours: np.ndarray, valid: np.ndarray | None = No
 
 def error_map(image: np.ndarray, wrong: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """RGB uint8 [H,W,3]: the image in pale grey, wrong pixels black, void white."""
-    grey = (170 + 0.3 * image.mean(axis=2)).astype(np.uint8)
+    grey = (140 + 0.3 * image.mean(axis=2)).astype(np.uint8)
     picture = np.repeat(grey[..., None], 3, axis=2)
     picture[wrong] = BLACK
     picture[~valid] = WHITE
