@@ -6,11 +6,9 @@ package needs neither Triton nor a GPU.
 
 from __future__ import annotations
 
-# Imported under another name there would be two copies of every kernel, each with its own compile cache.
 if __name__ != "semeda_fast.kernels":
-    raise ImportError(
-        f"this package is semeda_fast.kernels, not {__name__!r}; install semeda_fast "
-        "(pip install -e .) and import semeda_fast.kernels"
-    )
+    # With this repository's root on sys.path it is also found as `kernels`, a name that transformers probes for. That
+    # must not fail, but no kernel may exist twice, each with its own compile cache: nothing below is found then.
+    __path__ = []
 
 __all__: list[str] = []

@@ -326,12 +326,17 @@ def test_native_info_explains_a_module_that_does_not_load(monkeypatch: pytest.Mo
     assert "again" in info.reason
 
 
-def test_kernels_refuses_to_be_imported_under_a_second_name(tmp_path: Path) -> None:
+def test_nothing_in_kernels_can_be_imported_under_a_second_name(tmp_path: Path) -> None:
+    """A probe for a package called `kernels` (transformers makes one) finds an empty one."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "some_kernel.py").write_text("")
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "try:\n    import kernels\nexcept ImportError as error:\n    print(error)\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import kernels\n"
+        "try:\n    import kernels.some_kernel\nexcept ImportError as error:\n    print('refused:', error)\n"
     )
-    assert "semeda_fast.kernels" in python(code, tmp_path, tmp_path)
+    assert "refused: No module named 'kernels.some_kernel'" in python(code, tmp_path, tmp_path)
 
 
 def test_torch_is_one_that_the_package_accepts() -> None:
