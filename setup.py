@@ -19,8 +19,20 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODES = ("auto", "cpu", "cuda", "none")
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/features.cpp"]
-HEADERS = ["csrc/cpu/features.h"]
+CPU = Path("csrc", "cpu")
+SOURCES = [
+    "csrc/bindings.cpp",
+    *(f"csrc/cpu/{name}.cpp" for name in ("driver", "features", "labels", "plan", "kernels_portable")),
+]
+HEADERS = sorted(path.as_posix() for path in CPU.glob("*.h"))
+# One object file per instruction set, chosen at run time; without its flags a file compiles to "not built".
+INSTRUCTION_SETS = {
+    "csrc/cpu/kernels_avx512.cpp": {
+        "unix": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+        "msvc": ["/arch:AVX512"],
+    },
+    "csrc/cpu/kernels_avx2.cpp": {"unix": ["-mavx2", "-mfma", "-mf16c"], "msvc": ["/arch:AVX2"]},
+}
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
 
@@ -64,7 +76,9 @@ class BuildNative(build_ext):
         if self.compiler.compiler_type == "msvc":
             compile_flags = ["/O2", "/W3", *compile_flags]
         else:
-            compile_flags = ["-O3", "-Wall", "-Wextra", *compile_flags]
+            # The uninitialised values that GCC sees are its own intrinsics'.
+            warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+            compile_flags = ["-O3", "-ffp-contract=fast", *warnings, *compile_flags]
         for extension in self.extensions:
             extension.extra_compile_args += compile_flags
             extension.extra_link_args += link_flags
@@ -72,9 +86,28 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
+            ext.extra_objects = [self.compile_for_instruction_set(ext, source) for source in INSTRUCTION_SETS]
             super().build_extension(ext)
         except Exception as error:
             self.handle(error)
+
+    def compile_for_instruction_set(self, ext: Extension, source: str) -> str:
+        """The object file of one set of kernels, with its flags where compiler and target take them."""
+        kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        for flags in (INSTRUCTION_SETS[source][kind], []):
+            try:
+                (compiled,) = self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=[*ext.extra_compile_args, *flags],
+                )
+                return compiled
+            except Exception:
+                if not flags:
+                    raise
+                note(f"{source}: this compiler or target does not take {' '.join(flags)}; built without it")
+        raise AssertionError("unreachable")
 
     def handle(self, error: Exception) -> None:
         """Note the failure in mode auto, end the build in mode cpu."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .errors import BackendUnavailableError
 from .proxy.network import why_not_fused
 from .spec import LossSpec, LossTerms
@@ -193,15 +193,15 @@ def _runner(backend: Backend) -> RunFunction:
     return backend.run
 
 
-def _planned(what: str, device: str) -> Callable[[], str]:
+def _planned(what: str) -> Callable[[], str]:
     def reason() -> str:
-        note = "" if device == "cpu" or torch.cuda.is_available() else " (and torch sees no GPU here)"
+        note = "" if torch.cuda.is_available() else " (and torch sees no GPU here)"
         return f"this version has no {what} yet{note}; use backend='auto' or 'reference'"
 
     return reason
 
 
 register(Backend("reference", reference.loss_terms))
-register(Backend("cpu", None, ("cpu",), _planned("fused CPU kernels", "cpu"), fused=True))
-register(Backend("triton", None, ("cuda",), _planned("Triton kernels", "cuda"), fused=True))
-register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels", "cuda"), fused=True))
+register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True))
+register(Backend("triton", None, ("cuda",), _planned("Triton kernels"), fused=True))
+register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels"), fused=True))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cpu import has_bad_label
 from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, VALIDATE, LossSpec
 
@@ -160,6 +161,9 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     """Raise ValueError for integer labels that are neither classes nor ignore_index. Waits for the device."""
     if target.is_floating_point():
         return
+    num_classes = 2 if spec.mode == "binary" else logits.shape[1]
+    if has_bad_label(target, valid, num_classes, spec.ignore_index) is False:
+        return
     _, bad = validity(logits, target, valid, spec)
     if not bool(bad.any()):
         return
@@ -167,7 +171,6 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     values, counts = wrong.unique(return_counts=True)
     shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
     n, y, x = bad.nonzero()[0].tolist()
-    num_classes = 2 if spec.mode == "binary" else logits.shape[1]
     hint = (
         "If 255 marks pixels to ignore, pass ignore_index=255"
         if 255 in values.tolist() and spec.ignore_index != 255

@@ -50,6 +50,12 @@ def _load() -> tuple[ModuleType | None, str]:
         )
 
 
+def native_module() -> Any:
+    """`semeda_fast._C`, or None where it cannot be loaded."""
+    return _load()[0]
+
+
+@functools.cache
 def native_info() -> NativeInfo:
     """Whether the compiled module is there, how it was built, and what this processor offers."""
     module, reason = _load()

@@ -19,8 +19,9 @@ from semeda_fast.spec import LossSpec, LossTerms
 
 
 @pytest.fixture
-def calls() -> Iterator[list[str]]:
-    """A fused backend that counts its calls, joined by registering its name."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A fused backend that counts its calls, joined by registering its name beside the reference alone."""
+    monkeypatch.setattr(backends, "_registry", {"reference": backends._registry["reference"]})
     made: list[str] = []
 
     def run(
@@ -40,7 +41,6 @@ def calls() -> Iterator[list[str]]:
 
     backends.register(backends.Backend("twin", run, ("cpu",), why_unsupported=unsupported, fused=True))
     yield made
-    backends.unregister("twin")
     backends._fallbacks.clear()
 
 
@@ -103,6 +103,28 @@ def test_a_wide_proxy_runs_on_the_reference_and_says_so_once() -> None:
         SemedaLoss(make_proxy(), ignore_index=VOID)(*make_inputs())
     named = SemedaLoss(make_proxy(widths=(65, 4)), ignore_index=VOID, backend="reference")
     assert torch.equal(wide, named(*make_inputs()))
+    backends._fallbacks.clear()
+
+
+@pytest.mark.parametrize("what", ["float64 logits", "probabilities", "classes"])
+def test_what_the_cpu_kernels_leave_to_the_reference(what: str) -> None:
+    if "cpu" not in backends.available_names("cpu"):
+        pytest.skip("the CPU kernels are not built here")
+    logits, target = make_inputs(c=3, h=4, w=5)
+    proxy, options = make_proxy(3), {}
+    if what == "float64 logits":
+        logits = logits.detach().double()
+    elif what == "probabilities":
+        logits, options = logits.detach().softmax(1), {"from_logits": False}
+    else:
+        proxy, logits, target = make_proxy(1025), torch.zeros(1, 1025, 4, 5), target[:1]
+    backends._fallbacks.clear()
+    with pytest.warns(UserWarning, match="slower reference backend: the fused CPU kernels"):
+        loss = SemedaLoss(proxy, ignore_index=VOID, **options)(logits, target)
+    named = SemedaLoss(proxy, ignore_index=VOID, backend="reference", **options)(logits, target)
+    assert torch.equal(loss, named)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot do this: the fused CPU kernels"):
+        SemedaLoss(proxy, ignore_index=VOID, backend="cpu", **options)(logits, target)
     backends._fallbacks.clear()
 
 

@@ -1,0 +1,206 @@
+// Runs the tasks of a plan on all threads, and adds up what they found in a fixed order.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "features.h"
+#include "plan.h"
+
+#if defined(_OPENMP)
+    #include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+    #include <pthread.h>
+    #define SEMEDA_FAST_FORKS 1
+#endif
+
+namespace semeda_fast {
+
+namespace {
+
+bool processor_has(const Kernels* kernels) {
+    static const CpuFeatures found = detect_cpu_features();
+    if (!kernels) return false;
+    if (!std::strcmp(kernels->name, "avx512")) {
+        return found.avx512f && found.avx512bw && found.avx512vl && found.fma && found.f16c;
+    }
+    if (!std::strcmp(kernels->name, "avx2")) return found.avx2 && found.fma && found.f16c;
+    return true;
+}
+
+const Kernels* const* all_kernels() {
+    static const Kernels* const all[] = {avx512_kernels(), avx2_kernels(), portable_kernels()};
+    return all;
+}
+constexpr int NUM_KERNELS = 3;
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+    if (const Kernels* known = chosen.load()) return *known;
+    for (int i = 0; i < NUM_KERNELS; ++i) {
+        if (processor_has(all_kernels()[i])) {
+            chosen.store(all_kernels()[i]);
+            break;
+        }
+    }
+    return *chosen.load();
+}
+
+// OpenMP's worker threads do not live on in a forked child, and waiting for them would hang there.
+std::atomic<bool> forked{false};
+
+void watch_forks() {
+#if defined(SEMEDA_FAST_FORKS)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+    static_cast<void>(registered);
+#endif
+}
+
+// Scratch of this thread, kept from call to call so that no call faults its pages in anew.
+PlanMemory& scratch_of_thread() {
+    thread_local PlanMemory memory;
+    return memory;
+}
+
+struct CallMemory {
+    PlanMemory weights, sums;
+};
+CallMemory& memory_of_caller() {
+    thread_local CallMemory memory;
+    return memory;
+}
+
+// task(i, scratch) for i in [0, tasks), in any order, on up to `threads` threads.
+template <class Task>
+void run_tasks(std::int64_t tasks, int threads, std::size_t scratch_bytes, const Task& task) {
+    watch_forks();
+    const std::size_t floats = scratch_bytes / sizeof(float) + 1;
+    const int team =
+        forked.load() ? 1 : static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), tasks));
+    std::atomic<bool> out_of_memory{false};
+    const auto one = [&](std::int64_t i) {
+        if (out_of_memory.load(std::memory_order_relaxed)) return;
+        try {
+            float* scratch = scratch_of_thread().floats(floats);
+            std::memset(scratch, 0, scratch_bytes);
+            task(i, scratch);
+        } catch (const std::bad_alloc&) {  // no exception may leave a parallel region
+            out_of_memory.store(true);
+        }
+    };
+    if (team <= 1) {
+        for (std::int64_t i = 0; i < tasks; ++i) one(i);
+    } else {
+#if defined(_OPENMP)
+    #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+#endif
+        for (std::int64_t i = 0; i < tasks; ++i) one(i);
+    }
+    if (out_of_memory.load()) throw std::bad_alloc();
+}
+
+double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+const char* instruction_set() { return kernels().name; }
+
+bool use_instruction_set(const char* name) {
+    for (int i = 0; i < NUM_KERNELS; ++i) {
+        const Kernels* k = all_kernels()[i];
+        if (processor_has(k) && !std::strcmp(k->name, name)) {
+            chosen.store(k);
+            return true;
+        }
+    }
+    return false;
+}
+
+const char* const* built_instruction_sets() {
+    static const char* names[NUM_KERNELS + 1] = {};
+    if (!names[0]) {
+        int count = 0;
+        for (int i = 0; i < NUM_KERNELS; ++i) {
+            if (all_kernels()[i]) names[count++] = all_kernels()[i]->name;
+        }
+    }
+    return names;
+}
+
+void forward(const LossParams& p) {
+    const Kernels& k = kernels();
+    CallMemory& memory = memory_of_caller();
+    const Plan plan = make_plan(p, false, k.max_block, memory.weights);
+    const int width = SUM_LAYERS + p.layers;
+    const std::int64_t rows = p.n * p.h * plan.strips;
+    double* sums =
+        reinterpret_cast<double*>(memory.sums.floats(static_cast<std::size_t>(rows) * width * 2 + 2));
+    run_tasks(plan.tasks, p.threads, k.forward_scratch(plan),
+              [&](std::int64_t task, void* scratch) { k.forward_task(plan, task, scratch, sums); });
+    double total[SUM_LAYERS + MAX_LAYERS] = {};
+    for (std::int64_t row = 0; row < rows; ++row) {
+        for (int i = 0; i < width; ++i) total[i] += sums[row * width + i];
+    }
+    const bool bad = total[SUM_BAD] > 0;
+    double semeda = 0;
+    for (int l = 0; l < p.layers; ++l) {
+        // coefficient = w_l * inverse
+        semeda += total[SUM_LAYERS + l] * p.layer[l].coefficient / p.layer[l].inverse;
+        p.terms[3 + l] = static_cast<float>(total[SUM_LAYERS + l]);
+    }
+    p.terms[0] = static_cast<float>(total[SUM_CE]);
+    p.terms[1] = bad ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(semeda);
+    p.terms[2] = static_cast<float>(total[SUM_CE_WEIGHT]);
+    p.counts[0] = static_cast<std::int64_t>(total[SUM_VALID]);
+    p.counts[1] = static_cast<std::int64_t>(total[SUM_BAD]);
+}
+
+void backward(const LossParams& p) {
+    const Kernels& k = kernels();
+    const Plan plan = make_plan(p, true, k.max_block, memory_of_caller().weights);
+    run_tasks(plan.tasks, p.threads, k.backward_scratch(plan),
+              [&](std::int64_t task, void* scratch) { k.backward_task(plan, task, scratch); });
+}
+
+double fma_peak(int threads) {
+    const Kernels& k = kernels();
+    double best = 0;
+    const std::int64_t rounds = 4000000;
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        double flop = 0;
+        const double start = seconds();
+#if defined(_OPENMP)
+    #pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(+ : flop)
+#endif
+        for (int i = 0; i < threads; ++i) flop += k.fma_loop(rounds);
+        best = std::max(best, flop / (seconds() - start));
+    }
+    return best;
+}
+
+double copy_bandwidth(int threads, std::size_t num_bytes) {
+    std::vector<char> from(num_bytes, 1), to(num_bytes, 2);
+    const std::size_t part = num_bytes / static_cast<std::size_t>(std::max(threads, 1));
+    double best = 0;
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        const double start = seconds();
+#if defined(_OPENMP)
+    #pragma omp parallel for schedule(static, 1) num_threads(threads)
+#endif
+        for (int i = 0; i < threads; ++i) std::memcpy(to.data() + i * part, from.data() + i * part, part);
+        best = std::max(best, 2.0 * static_cast<double>(part) * threads / (seconds() - start));
+    }
+    return best;
+}
+
+}  // namespace semeda_fast

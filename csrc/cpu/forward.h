@@ -1,0 +1,481 @@
+// Forward: logits and labels -> cross-entropy, the layers' distances, and the codes that backward needs.
+//
+// The difference of the two branches travels through the network instead of the prediction itself:
+//
+//     e = p - q;   d_1 = conv_1(e);   t_l(p) = t_l(q) + d_l;   b_l = relu(t_l(p)) - relu(t_l(q));   d_{l+1} =
+//     conv_{l+1}(b_l)
+//
+// which is (1) to (3) of kernels/README.md without their cancellation: where prediction and target are equal,
+// every difference is exactly zero. It needs t_l(q) of the hidden layers alone (of all with tap "post");
+// inside a region of one class that is a row of plan.table, so only the surroundings of label edges are
+// computed.
+//
+// Rings (rows of the region, planar, `pitch` floats a channel; a row's slot is its number modulo the ring's
+// rows):
+//   e [BLOCK_ROWS + 2 pad_1][C]   b_l [BLOCK_ROWS + 2 pad_{l+1}][K_l]   tq_l likewise, values before the ReLU
+//   labels [BLOCK_ROWS + 2 reach_L]
+// Phases of a step: 1. rows of e and labels  2. per layer: rows of tq_l  3. rows of d_l, distance, codes,
+// b_l. No include guard: see simd.h.
+
+struct Ring {
+    float* base = nullptr;
+    int rows = 1, channels = 0;
+    std::ptrdiff_t pitch = 0;
+    float* row(std::int64_t y) const { return base + (y % rows) * channels * pitch; }
+};
+
+template <class Epilogue>
+inline void convolve_relu(bool relu_first, const Plan& plan, const Conv& conv, const RowRef* rows, int begin,
+                          int end, float* u, float* m, Epilogue& epilogue) {
+    if (relu_first) {
+        convolve<true>(plan, conv, rows, begin, end, u, m, epilogue);
+    } else {
+        convolve<false>(plan, conv, rows, begin, end, u, m, epilogue);
+    }
+}
+
+// The input rows of a block of `rows` outputs from row y on; rows outside the image are zero, and so are
+// those that only the outputs beyond `rows` would read, since the ring holds other rows in their place.
+inline void input_rows(const Conv& conv, const Ring& ring, std::int64_t y, int rows, std::int64_t height,
+                       const float* zeros, RowRef* out) {
+    y -= conv.pad;
+    const int count = (conv.winograd ? BLOCK_ROWS : 1) + 2 * conv.pad, known = rows + 2 * conv.pad;
+    for (int i = 0; i < count; ++i) {
+        const bool inside = i < known && y + i >= 0 && y + i < height;
+        out[i] = inside ? RowRef{ring.row(y + i), ring.pitch} : RowRef{zeros, 0};
+    }
+}
+
+inline Ring take_ring(Arena& arena, const Plan& plan, int rows, int channels) {
+    Ring ring{nullptr, rows, channels, plan.pitch};
+    float* base = arena.take<float>(static_cast<std::size_t>(rows) * channels * plan.pitch);
+    ring.base = base ? base + plan.margin : nullptr;
+    return ring;
+}
+
+inline float* take_row(Arena& arena, const Plan& plan, int channels = 1) {
+    return take_ring(arena, plan, 1, channels).base;
+}
+
+inline int next_pad(const LossParams& p, int layer) {
+    return layer + 1 < p.layers ? p.layer[layer + 1].ksize / 2 : 0;
+}
+
+struct ForwardScratch {
+    Ring e, q, b[MAX_LAYERS], tq[MAX_LAYERS];
+    int label_rows = 0;
+    std::ptrdiff_t label_pitch = 0;
+    LabelRow* labels = nullptr;
+    std::int16_t* no_labels = nullptr;  // a row of void
+    float *zeros = nullptr, *ce = nullptr, *u = nullptr, *m = nullptr;
+    float* sums[BLOCK_ROWS] = {};  // the distance of each pixel of four rows
+    float* nowhere = nullptr;      // takes rows and codes that nobody wants
+    RowRef* rows = nullptr;
+
+    ForwardScratch(const Plan& plan, Arena& arena) {
+        const LossParams& p = *plan.params;
+        const int first_pad = p.layer[0].ksize / 2;
+        e = take_ring(arena, plan, BLOCK_ROWS + 2 * first_pad, p.classes);
+        if (p.soft) q = take_ring(arena, plan, BLOCK_ROWS + 2 * first_pad, p.classes);
+        int widest = 0, groups = 0, tallest = 0;
+        for (int l = 0; l < p.layers; ++l) {
+            const int rows_kept = BLOCK_ROWS + 2 * next_pad(p, l);
+            if (l + 1 < p.layers) b[l] = take_ring(arena, plan, rows_kept, p.layer[l].out);
+            if (l < plan.target_layers) tq[l] = take_ring(arena, plan, rows_kept, p.layer[l].out);
+            const Conv& conv = plan.fwd[l];
+            widest = widest > conv.out ? widest : conv.out;
+            groups = groups > conv.groups * conv.depth ? groups : conv.groups * conv.depth;
+            tallest = tallest > conv.ksize ? tallest : conv.ksize;
+        }
+        label_rows = BLOCK_ROWS + 2 * plan.reach[p.layers];
+        const std::size_t side = (plan.reach[p.layers] + UNIT - 1) / UNIT * UNIT;
+        label_pitch = static_cast<std::ptrdiff_t>(2 * side + static_cast<std::size_t>(plan.units) * UNIT);
+        labels = arena.take<LabelRow>(label_rows);
+        std::int16_t* label = arena.take<std::int16_t>((label_rows + 1) * label_pitch);
+        std::int32_t* start = arena.take<std::int32_t>(label_rows * label_pitch);
+        std::uint8_t* bad = arena.take<std::uint8_t>(label_rows * label_pitch);
+        float* valid = arena.take<float>(label_rows * label_pitch);
+        zeros = take_row(arena, plan);
+        ce = take_row(arena, plan);
+        for (float*& row : sums) row = take_row(arena, plan);
+        nowhere = take_row(arena, plan, widest);
+        u = arena.take<float>(static_cast<std::size_t>(groups) * plan.tile_pitch);
+        m = arena.take<float>(static_cast<std::size_t>(WINOGRAD_J) * widest * plan.tile_units * UNIT);
+        rows = arena.take<RowRef>(BLOCK_ROWS + tallest);
+        if (!arena.base) return;
+        for (std::ptrdiff_t i = 0; i < (label_rows + 1) * label_pitch; ++i) {
+            label[i] = static_cast<std::int16_t>(p.classes);
+        }
+        for (int i = 0; i < label_rows; ++i) {
+            const std::ptrdiff_t at = i * label_pitch + static_cast<std::ptrdiff_t>(side);
+            labels[i] = {label + at, start + at, valid + at, bad + at, false, false};
+        }
+        no_labels = label + label_rows * label_pitch + side;
+    }
+};
+
+// Takes d_l of up to four rows: distance, codes, and b_l = relu(t(p)) - relu(t(q)) for the next layer.
+template <bool LAST, bool POST, bool L1, bool SAVE>
+struct DistanceEpilogue {
+    int rows;  // beyond these, results go nowhere
+    Distance distance;
+    std::ptrdiff_t pitch;
+    const float* valid[BLOCK_ROWS];
+    const float* tq[BLOCK_ROWS];
+    float* b[BLOCK_ROWS];
+    float* sum[BLOCK_ROWS];
+    std::uint8_t*
+        code[BLOCK_ROWS];  // of the region's first owned unit, plane 0 of the layer; null: not this row
+    float* saved[BLOCK_ROWS];
+    std::ptrdiff_t plane_bytes, saved_pitch;
+    int own_begin, own_end;
+    std::uint8_t* nowhere;
+    // State of the unit.
+    int x;
+    M16 mask[BLOCK_ROWS];
+    F16 total[BLOCK_ROWS];
+    std::uint8_t* code_at[BLOCK_ROWS];
+    float* saved_at[BLOCK_ROWS];
+    std::ptrdiff_t code_step[BLOCK_ROWS], saved_step[BLOCK_ROWS];
+
+    void unit(int number) {
+        x = number * UNIT;
+        const bool own = number >= own_begin && number < own_end;
+        for (int r = 0; r < BLOCK_ROWS; ++r) {
+            mask[r] = greater(load16(valid[r] + x), splat(0.0f));
+            total[r] = splat(0.0f);
+            if (!SAVE) continue;
+            const bool here = own && code[r] != nullptr;
+            code_at[r] = here ? code[r] + (number - own_begin) * 2 : nowhere;
+            code_step[r] = here ? plane_bytes : 0;
+            if (L1) continue;
+            saved_at[r] = here ? saved[r] + (number - own_begin) * UNIT : reinterpret_cast<float*>(nowhere);
+            saved_step[r] = here ? saved_pitch : 0;
+        }
+    }
+
+    static void put_bits(std::uint8_t* to, unsigned word) {
+        const std::uint16_t w = static_cast<std::uint16_t>(word);
+        std::memcpy(to, &w, sizeof(w));
+    }
+
+    template <int ROWS>
+    void put(int k, const F16* d) {
+        const F16 zero = splat(0.0f);
+        for (int r = 0; r < ROWS; ++r) {
+            F16 seen = d[r];
+            unsigned on = 0;
+            if (!LAST || POST) {
+                const F16 target = load16(tq[r] + k * pitch + x), prediction = target + d[r];
+                const F16 difference = relu(prediction) - relu(target);
+                if (!LAST) store16(b[r] + k * pitch + x, difference);
+                if (SAVE) on = bits(greater(prediction, zero));
+                if (POST) seen = difference;
+            }
+            seen = select(mask[r], seen, zero);
+            if (L1) {
+                total[r] = total[r] + vabs(seen);
+            } else if (distance == Distance::l2) {
+                total[r] = fma(seen, seen, total[r]);
+            } else {
+                const F16 size = vabs(seen), half = splat(0.5f);
+                total[r] = total[r] + select(greater(splat(1.0f), size), half * size * size, size - half);
+            }
+            if (SAVE && L1) {
+                const unsigned above = bits(greater(seen, zero)), below = bits(greater(zero, seen));
+                if (LAST) {
+                    const unsigned kept = POST ? on : 0xffffu;
+                    put_bits(code_at[r] + 2 * k * code_step[r], above & kept);
+                    put_bits(code_at[r] + (2 * k + 1) * code_step[r], below & kept);
+                } else if (POST) {
+                    put_bits(code_at[r] + 2 * k * code_step[r], on & ~below);
+                    put_bits(code_at[r] + (2 * k + 1) * code_step[r], on & ~above);
+                } else {
+                    put_bits(code_at[r] + 3 * k * code_step[r], above);
+                    put_bits(code_at[r] + (3 * k + 1) * code_step[r], below);
+                    put_bits(code_at[r] + (3 * k + 2) * code_step[r], on);
+                }
+            }
+            if (SAVE && !L1) {
+                store16(saved_at[r] + k * saved_step[r], POST ? select(from_bits16(on), seen, zero) : seen);
+                if (!LAST) put_bits(code_at[r] + k * code_step[r], on);
+            }
+        }
+    }
+
+    void done() {
+        for (int r = 0; r < BLOCK_ROWS; ++r) store16(sum[r] + x, total[r]);
+    }
+};
+
+// Takes conv_l(a_{l-1}(q)) and stores t_l(q).
+struct TargetEpilogue {
+    const float* bias;
+    std::ptrdiff_t pitch;
+    float* to[BLOCK_ROWS];
+    int x;
+    void unit(int number) { x = number * UNIT; }
+    template <int ROWS>
+    void put(int k, const F16* t) {
+        for (int r = 0; r < ROWS; ++r) store16(to[r] + k * pitch + x, t[r] + splat(bias[k]));
+    }
+    void done() {}
+};
+
+class ForwardTask {
+  public:
+    ForwardTask(const Plan& plan, std::int64_t task, void* scratch, double* sums)
+        : plan_(plan),
+          p_(*plan.params),
+          win_(plan, task),
+          cw_(p_),
+          arena_{static_cast<char*>(scratch), 0},
+          s_(plan, arena_),
+          sums_(sums) {}
+
+    void run() {
+        for (int l = 0; l <= p_.layers; ++l) done_[l] = win_.y0 > plan_.halo[l] ? win_.y0 - plan_.halo[l] : 0;
+        const std::int64_t lead = (2 * plan_.halo[0] + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+        for (std::int64_t y = win_.y0 - lead; y < win_.y1; y += BLOCK_ROWS) {
+            const std::int64_t last = y + BLOCK_ROWS < win_.y1 ? y + BLOCK_ROWS : win_.y1;
+            for (int l = 0; l <= p_.layers; ++l) {
+                const std::int64_t end = last + plan_.halo[l] < p_.h ? last + plan_.halo[l] : p_.h;
+                while (done_[l] < end) {
+                    const int rows =
+                        static_cast<int>(end - done_[l] < BLOCK_ROWS ? end - done_[l] : BLOCK_ROWS);
+                    if (l == 0) {
+                        for (int r = 0; r < rows; ++r) pixels(done_[0] + r);
+                    } else {
+                        if (l <= plan_.target_layers) target(l - 1, done_[l], rows);
+                        prediction(l - 1, done_[l], rows);
+                    }
+                    done_[l] += rows;
+                }
+            }
+        }
+    }
+
+  private:
+    double* sums_of(std::int64_t y) const {
+        return sums_ + ((win_.n * p_.h + y) * plan_.strips + win_.strip) * (SUM_LAYERS + p_.layers);
+    }
+    bool owned(std::int64_t y) const { return y >= win_.y0 && y < win_.y1; }
+    const LabelRow& labels(std::int64_t y) const { return s_.labels[y % s_.label_rows]; }
+
+    void pixels(std::int64_t y) {
+        LabelRow& row = s_.labels[y % s_.label_rows];
+        read_label_row(p_, win_, y, 0, win_.width, row);
+        row.start[0] = 0;
+        for (int x = 1; x < win_.width; ++x)
+            row.start[x] = row.label[x] == row.label[x - 1] ? row.start[x - 1] : x;
+        float* e = s_.e.row(y);
+        float* q = p_.soft ? s_.q.row(y) : nullptr;
+        read_logits(p_, win_, y, 0, win_.width, e, plan_.pitch);
+        if (q) read_soft_target(p_, win_, y, 0, win_.width, q, plan_.pitch, row);
+        forward_row(p_, cw_, row, win_.units, win_.width, e, plan_.pitch, q, s_.ce);
+        if (!owned(y)) return;
+        RowSums sums;
+        const int begin = win_.own_begin * UNIT, end = begin + win_.own_width;
+        for (int x = begin; x < end; ++x) {
+            sums.ce += s_.ce[x];
+            if (row.valid[x] == 0.0f) continue;
+            ++sums.valid;
+            sums.bad += row.bad[x];
+            sums.weight += p_.soft ? 1.0 : cw_.of(row.label[x]);
+        }
+        double* to = sums_of(y);
+        to[SUM_CE] = sums.ce;
+        to[SUM_CE_WEIGHT] = sums.weight;
+        to[SUM_VALID] = static_cast<double>(sums.valid);
+        to[SUM_BAD] = static_cast<double>(sums.bad);
+        if (p_.ce_map) {
+            float* map = p_.ce_map + (win_.n * p_.h + y) * p_.w + win_.xa;
+            for (int x = begin; x < end; ++x) map[x] = s_.ce[x];
+        }
+    }
+
+    // Beside the image every feature is zero, so a partial last unit is cleaned after it was written as a
+    // whole.
+    void clean_tail(float* row, int channels) const {
+        if (win_.width == win_.units * UNIT) return;
+        for (int k = 0; k < channels; ++k) {
+            for (int x = win_.width; x < win_.units * UNIT; ++x) row[k * plan_.pitch + x] = 0.0f;
+        }
+    }
+
+    // The class that fills columns [16 unit - reach, 16 unit + 15 + reach] of a row, or -1.
+    int only_class(std::int64_t y, int unit, int reach) const {
+        const int from = unit * UNIT - reach, to = unit * UNIT + UNIT - 1 + reach;
+        if (from < 0 || to >= win_.width) return -1;
+        const LabelRow& row = labels(y);
+        return row.start[to] <= from ? row.label[from] : -1;
+    }
+
+    // The same of rows [y - reach, y + rows + reach); at the image's border zero padding changes the
+    // features.
+    int only_class_of_block(std::int64_t y, int rows, int unit, int reach) const {
+        if (y < reach || y + rows + reach > p_.h) return -1;
+        const int first = only_class(y - reach, unit, reach);
+        for (std::int64_t i = y - reach + 1; first >= 0 && i < y + rows + reach; ++i) {
+            if (only_class(i, unit, reach) != first) return -1;
+        }
+        return first;
+    }
+
+    void fill(int l, float* to, int unit, int label) const {
+        const float* value = plan_.table[l] + static_cast<std::ptrdiff_t>(label) * p_.layer[l].out;
+        for (int k = 0; k < p_.layer[l].out; ++k)
+            store16(to + k * plan_.pitch + unit * UNIT, splat(value[k]));
+    }
+
+    // t_1(q) of 16 pixels: a sum of weight columns picked by the labels around each.
+    void gather(std::int64_t y, int unit, float* to) const {
+        const Layer& layer = p_.layer[0];
+        const int pad = layer.ksize / 2, width = plan_.columns_width, groups = width / UNIT;
+        float pixel[UNIT][64];
+        for (int i = 0; i < UNIT; ++i) {
+            F16 acc[4];
+            for (int g = 0; g < groups; ++g) acc[g] = splat(0.0f);
+            int tap = 0;
+            for (int dy = -pad; dy <= pad; ++dy) {
+                const bool inside = y + dy >= 0 && y + dy < p_.h;
+                const std::int16_t* label =
+                    (inside ? labels(y + dy).label : s_.no_labels) + unit * UNIT + i - pad;
+                for (int dx = 0; dx < layer.ksize; ++dx, ++tap) {
+                    const float* column =
+                        plan_.columns +
+                        (static_cast<std::ptrdiff_t>(tap) * (p_.classes + 1) + label[dx]) * width;
+                    for (int g = 0; g < groups; ++g) acc[g] = acc[g] + load16(column + g * UNIT);
+                }
+            }
+            for (int g = 0; g < groups; ++g) store16(pixel[i] + g * UNIT, acc[g]);
+        }
+        for (int k = 0; k < layer.out; ++k) {
+            float* row = to + k * plan_.pitch + unit * UNIT;
+            for (int i = 0; i < UNIT; ++i) row[i] = pixel[i][k] + layer.bias[k];
+        }
+    }
+
+    void target(int l, std::int64_t y, int rows) {
+        if (l == 0 && !p_.soft) {
+            for (int r = 0; r < rows; ++r) {
+                float* to = s_.tq[0].row(y + r);
+                for (int unit = 0; unit < win_.units; ++unit) {
+                    const int label = only_class_of_block(y + r, 1, unit, plan_.reach[1]);
+                    label >= 0 ? fill(0, to, unit, label) : gather(y + r, unit, to);
+                }
+            }
+        } else {
+            const Conv& conv = plan_.fwd[l];
+            const int step = conv.winograd ? BLOCK_ROWS : 1;
+            for (int r = 0; r < rows; r += step) target_rows(l, y + r, rows - r < step ? rows - r : step);
+        }
+        for (int r = 0; r < rows; ++r) clean_tail(s_.tq[l].row(y + r), p_.layer[l].out);
+    }
+
+    void target_rows(int l, std::int64_t y, int rows) {
+        const Conv& conv = plan_.fwd[l];
+        input_rows(conv, l ? s_.tq[l - 1] : s_.q, y, rows, p_.h, s_.zeros, s_.rows);
+        TargetEpilogue epilogue{p_.layer[l].bias, plan_.pitch, {}, 0};
+        for (int r = 0; r < BLOCK_ROWS; ++r) epilogue.to[r] = r < rows ? s_.tq[l].row(y + r) : s_.nowhere;
+        int begin = 0;  // of the units that are not elided and not yet computed
+        for (int unit = 0; unit <= win_.units; ++unit) {
+            int label = -1;
+            if (unit < win_.units) {
+                if (!p_.soft) label = only_class_of_block(y, rows, unit, plan_.reach[l + 1]);
+                if (label < 0) continue;
+                for (int r = 0; r < rows; ++r) fill(l, epilogue.to[r], unit, label);
+            }
+            if (begin < unit) convolve_relu(l > 0, plan_, conv, s_.rows, begin, unit, s_.u, s_.m, epilogue);
+            begin = unit + 1;
+        }
+    }
+
+    void prediction(int l, std::int64_t y, int rows) {
+        const bool last = l + 1 == p_.layers, post = p_.tap == Tap::post, l1 = p_.distance == Distance::l1;
+        const int step = plan_.fwd[l].winograd ? BLOCK_ROWS : 1;
+        for (int r = 0; r < rows; r += step) {
+            const int count = rows - r < step ? rows - r : step;
+            if (last) {
+                post ? choose<true, true>(l1, l, y + r, count) : choose<true, false>(l1, l, y + r, count);
+            } else {
+                post ? choose<false, true>(l1, l, y + r, count) : choose<false, false>(l1, l, y + r, count);
+            }
+        }
+    }
+
+    template <bool LAST, bool POST>
+    void choose(bool l1, int l, std::int64_t y, int rows) {
+        const bool save = p_.codes != nullptr;
+        if (l1) {
+            save ? prediction_rows<LAST, POST, true, true>(l, y, rows)
+                 : prediction_rows<LAST, POST, true, false>(l, y, rows);
+        } else {
+            save ? prediction_rows<LAST, POST, false, true>(l, y, rows)
+                 : prediction_rows<LAST, POST, false, false>(l, y, rows);
+        }
+    }
+
+    template <bool LAST, bool POST, bool L1, bool SAVE>
+    void prediction_rows(int l, std::int64_t y, int rows) {
+        const Conv& conv = plan_.fwd[l];
+        const Layer& layer = p_.layer[l];
+        input_rows(conv, l ? s_.b[l - 1] : s_.e, y, rows, p_.h, s_.zeros, s_.rows);
+        DistanceEpilogue<LAST, POST, L1, SAVE> epilogue;
+        epilogue.rows = rows;
+        epilogue.distance = p_.distance;
+        epilogue.pitch = plan_.pitch;
+        epilogue.plane_bytes = plan_.plane_bytes;
+        epilogue.saved_pitch = plan_.saved_pitch;
+        epilogue.own_begin = win_.own_begin;
+        epilogue.own_end = win_.own_end;
+        epilogue.nowhere = reinterpret_cast<std::uint8_t*>(s_.nowhere);
+        const std::int64_t first_unit = win_.xa / UNIT + win_.own_begin;
+        for (int r = 0; r < BLOCK_ROWS; ++r) {
+            const std::int64_t row = y + r, in_batch = win_.n * p_.h + row;
+            const bool wanted = r < rows, own = wanted && owned(row);
+            epilogue.valid[r] = wanted ? labels(row).valid : s_.zeros;
+            epilogue.tq[r] = (!LAST || POST) ? (wanted ? s_.tq[l].row(row) : s_.tq[l].row(y)) : nullptr;
+            epilogue.b[r] = LAST ? nullptr : wanted ? s_.b[l].row(row) : s_.nowhere;
+            epilogue.sum[r] = s_.sums[r];
+            epilogue.code[r] = nullptr;
+            epilogue.saved[r] = nullptr;
+            if (SAVE && own) {
+                epilogue.code[r] = p_.codes + in_batch * plan_.plane_bytes * plan_.planes +
+                                   plan_.plane[l] * plan_.plane_bytes + first_unit * 2;
+                if (!L1) {
+                    epilogue.saved[r] = p_.saved_d + in_batch * plan_.saved_pitch * plan_.saved_planes +
+                                        plan_.saved_plane[l] * plan_.saved_pitch + first_unit * UNIT;
+                }
+            }
+        }
+        convolve<false>(plan_, conv, s_.rows, 0, win_.units, s_.u, s_.m, epilogue);
+        for (int r = 0; r < rows; ++r) {
+            if (!LAST) clean_tail(s_.b[l].row(y + r), layer.out);
+            if (owned(y + r)) add_up(l, y + r, s_.sums[r]);
+        }
+    }
+
+    void add_up(int l, std::int64_t y, const float* sum) {
+        F16 total = splat(0.0f);
+        for (int unit = win_.own_begin; unit < win_.own_end; ++unit)
+            total = total + load16(sum + unit * UNIT);
+        sums_of(y)[SUM_LAYERS + l] = static_cast<double>(sum_lanes(total)) * p_.layer[l].inverse;
+        if (!p_.semeda_map) return;
+        const int begin = win_.own_begin * UNIT, end = begin + win_.own_width;
+        float* map = p_.semeda_map + (win_.n * p_.h + y) * p_.w + win_.xa;
+        for (int x = begin; x < end; ++x) {
+            const float term = sum[x] * p_.layer[l].coefficient;
+            map[x] = l == 0 ? term : map[x] + term;
+        }
+    }
+
+    const Plan& plan_;
+    const LossParams& p_;
+    const Window win_;
+    const ClassWeights cw_;
+    Arena arena_;
+    ForwardScratch s_;
+    double* sums_;
+    std::int64_t done_[MAX_LAYERS + 1];
+};

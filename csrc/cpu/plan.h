@@ -1,0 +1,115 @@
+// How one problem is cut into tasks, and where everything lies in memory; plus the weights in the kernels'
+// order.
+//
+// An image is cut into strips of columns and chunks of rows; a task is one chunk of one strip, with a halo
+// that it computes for itself. The cut depends on sizes alone, never on the number of threads, and each sum
+// is taken per row first: so any number of threads gives the same bits.
+//
+// Rows travel through the layers in rings: each layer's rows are made four at a time from the last rows of
+// the layer before, so a task's activations stay in cache whatever the image's height.
+#pragma once
+
+#include "params.h"
+
+namespace semeda_fast {
+
+constexpr int UNIT = 16;       // pixels; strips, code words and pointwise vectors are counted in units
+constexpr int BLOCK_ROWS = 4;  // rows that a layer makes at a time, the output tile of F(4,3)
+constexpr int WINOGRAD_J = 6;  // rows of a tile in the transformed domain
+
+// One convolution, forward or backward (then in and out are exchanged and the kernel is turned by 180
+// degrees).
+struct Conv {
+    int in = 0, out = 0, ksize = 0, pad = 0;
+    bool winograd = false;  // F(4,3) along the columns of the kernel; else row by row
+    int groups = 1;         // J: products per tile that are summed apart
+    int depth = 0;   // channels per group: in, or in * ksize where kernel rows are channels of one group
+    int blocks = 0;  // output channels are cut into so many register blocks
+    const float* packed = nullptr;  // [groups][blocks][depth][ksize][channels of the block]
+};
+
+// Internal linkage: a shared inline function could be taken from the AVX-512 file and run on any processor.
+namespace {
+
+// Where a block of output channels begins; the first ones have one channel more than the others.
+inline int block_begin(const Conv& c, int block) {
+    const int base = c.out / c.blocks, extra = c.out % c.blocks;
+    return block * base + (block < extra ? block : extra);
+}
+
+// Hands out cache-line-aligned parts of a buffer; with base null it only counts.
+struct Arena {
+    char* base = nullptr;
+    std::size_t used = 0;
+    template <class T>
+    T* take(std::size_t count) {
+        T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+}  // namespace
+
+struct Plan {
+    const LossParams* params = nullptr;
+    int halo[MAX_LAYERS + 1] = {};  // pixels around a task that layer l needs: sum of the pads behind it
+    int reach[MAX_LAYERS + 1] =
+        {};  // pixels of labels around a pixel that layer l sees: sum of the pads up to it
+    std::int64_t strips = 1, strip_width = 0, chunks = 1, chunk_rows = 0, tasks = 0;
+    int strip_halo = 0;             // halo[0], rounded up to units
+    int units = 0;                  // of the widest task with its halo
+    int margin = 0;                 // floats left of each row, zero
+    std::ptrdiff_t pitch = 0;       // floats from one channel's row to the next
+    int tile_units = 0;             // columns that a convolution takes at a time, in units
+    std::ptrdiff_t tile_pitch = 0;  // floats of a transformed input row
+    Conv fwd[MAX_LAYERS], bwd[MAX_LAYERS];
+    int target_layers = 0;                // t_l(q) is needed of layers 1..target_layers
+    const float* table[MAX_LAYERS] = {};  // [C + 1, K_l]: t_l inside a region of one class; the last is void
+    const float* columns = nullptr;       // [taps, C + 1, width16]: weight columns of layer 1, zero for void
+    int columns_width = 0;                // K_1 rounded up to UNIT
+    // Codes of one row: planes of one bit a pixel, 2 bytes a unit.
+    int plane[MAX_LAYERS] = {}, planes_per_feature[MAX_LAYERS] = {}, planes = 0;
+    std::int64_t plane_bytes = 0;
+    int saved_plane[MAX_LAYERS] = {}, saved_planes = 0;  // of saved_d, floats
+    std::int64_t saved_pitch = 0;                        // floats of one saved plane
+};
+
+// Owns what a plan points to; one for each calling thread, its memory is kept from call to call.
+class PlanMemory {
+  public:
+    PlanMemory() = default;
+    PlanMemory(const PlanMemory&) = delete;
+    PlanMemory& operator=(const PlanMemory&) = delete;
+    ~PlanMemory();
+    // At least `count` floats on a cache line, of undefined content.
+    float* floats(std::size_t count);
+
+  private:
+    float* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+// `max_block` is the most output channels that the kernels' registers hold. Packs forward or backward
+// weights.
+Plan make_plan(const LossParams& params, bool backward, int max_block, PlanMemory& memory);
+
+// What an instruction set's file offers. Scratch is zeroed by the task itself.
+struct Kernels {
+    const char* name;
+    int max_block;
+    std::size_t (*forward_scratch)(const Plan&);
+    std::size_t (*backward_scratch)(const Plan&);
+    // Sums of the task's rows go to sums + (row of the batch * strips + strip) * (SUM_LAYERS + L).
+    void (*forward_task)(const Plan&, std::int64_t task, void* scratch, double* sums);
+    void (*backward_task)(const Plan&, std::int64_t task, void* scratch);
+    double (*fma_loop)(std::int64_t rounds);  // returns FLOP done
+};
+
+constexpr int SUM_CE = 0, SUM_CE_WEIGHT = 1, SUM_VALID = 2, SUM_BAD = 3, SUM_LAYERS = 4;  // of each row
+
+const Kernels* avx512_kernels();  // null where not compiled in
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace semeda_fast

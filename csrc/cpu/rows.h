@@ -1,0 +1,191 @@
+// Rows of the caller's tensors, of any dtype and strides, to and from planar float rows.
+// No include guard: see simd.h.
+
+inline float half_to_float(std::uint16_t h) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = h >> 10 & 31u;
+    std::uint32_t mantissa = h & 0x3ffu, pattern;
+    if (exponent == 31) {
+        pattern = sign | 0x7f800000u | mantissa << 13;
+    } else if (exponent) {
+        pattern = sign | (exponent + 112) << 23 | mantissa << 13;
+    } else {  // zero and subnormal: mantissa * 2^-24, exact in float
+        const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+        std::memcpy(&pattern, &value, sizeof(pattern));
+        pattern |= sign;
+    }
+    float x;
+    std::memcpy(&x, &pattern, sizeof(x));
+    return x;
+}
+
+// Rounds to nearest, ties to even, as the hardware does.
+inline std::uint16_t float_to_half(float x) {
+    std::uint32_t pattern;
+    std::memcpy(&pattern, &x, sizeof(pattern));
+    const std::uint32_t sign = pattern >> 16 & 0x8000u;
+    pattern &= 0x7fffffffu;
+    if (pattern > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+    if (pattern >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to infinity
+    if (pattern < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded mantissa in the lowest bits
+        float value;
+        std::memcpy(&value, &pattern, sizeof(value));
+        value += 0.5f;
+        std::memcpy(&pattern, &value, sizeof(pattern));
+        return static_cast<std::uint16_t>(sign | (pattern - 0x3f000000u));
+    }
+    pattern += 0xfffu + (pattern >> 13 & 1u) - 0x38000000u;
+    return static_cast<std::uint16_t>(sign | pattern >> 13);
+}
+
+inline float bf16_to_float(std::uint16_t h) {
+    const std::uint32_t pattern = static_cast<std::uint32_t>(h) << 16;
+    float x;
+    std::memcpy(&x, &pattern, sizeof(x));
+    return x;
+}
+
+inline std::uint16_t float_to_bf16(float x) {
+    std::uint32_t pattern;
+    std::memcpy(&pattern, &x, sizeof(pattern));
+    if ((pattern & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(pattern >> 16 | 0x40u);
+    return static_cast<std::uint16_t>((pattern + 0x7fffu + (pattern >> 16 & 1u)) >> 16);
+}
+
+struct AsF32 {
+    using Type = float;
+    static float get(float x) { return x; }
+    static float put(float x) { return x; }
+};
+struct AsBf16 {
+    using Type = std::uint16_t;
+    static float get(std::uint16_t x) { return bf16_to_float(x); }
+    static std::uint16_t put(float x) { return float_to_bf16(x); }
+};
+struct AsF16 {
+    using Type = std::uint16_t;
+#if defined(SEMEDA_AVX512) || defined(SEMEDA_AVX2)
+    static float get(std::uint16_t x) { return _cvtsh_ss(x); }
+    static std::uint16_t put(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+    static float get(std::uint16_t x) { return half_to_float(x); }
+    static std::uint16_t put(float x) { return float_to_half(x); }
+#endif
+};
+
+// 16 pixels at a time keep what is read and written of both layouts in the first-level cache.
+template <class As>
+inline void read_planar(const void* base, std::int64_t offset, std::int64_t stride_c, std::int64_t stride_w,
+                        int channels, int width, float* to, std::ptrdiff_t pitch) {
+    const auto* from = static_cast<const typename As::Type*>(base) + offset;
+    if (stride_w == 1) {
+        for (int c = 0; c < channels; ++c) {
+            const auto* row = from + c * stride_c;
+            float* out = to + c * pitch;
+            for (int x = 0; x < width; ++x) out[x] = As::get(row[x]);
+        }
+        return;
+    }
+    for (int x0 = 0; x0 < width; x0 += UNIT) {
+        const int end = width - x0 < UNIT ? width : x0 + UNIT;
+        for (int c = 0; c < channels; ++c) {
+            const auto* row = from + c * stride_c;
+            float* out = to + c * pitch;
+            for (int x = x0; x < end; ++x) out[x] = As::get(row[x * stride_w]);
+        }
+    }
+}
+
+template <class As>
+inline void write_planar(void* base, std::int64_t offset, std::int64_t stride_c, std::int64_t stride_w,
+                         int channels, int width, const float* from, std::ptrdiff_t pitch) {
+    auto* to = static_cast<typename As::Type*>(base) + offset;
+    if (stride_w == 1) {
+        for (int c = 0; c < channels; ++c) {
+            auto* row = to + c * stride_c;
+            const float* in = from + c * pitch;
+            for (int x = 0; x < width; ++x) row[x] = As::put(in[x]);
+        }
+        return;
+    }
+    for (int x0 = 0; x0 < width; x0 += UNIT) {
+        const int end = width - x0 < UNIT ? width : x0 + UNIT;
+        for (int c = 0; c < channels; ++c) {
+            auto* row = to + c * stride_c;
+            const float* in = from + c * pitch;
+            for (int x = x0; x < end; ++x) row[x * stride_w] = As::put(in[x]);
+        }
+    }
+}
+
+inline std::int64_t offset_of(const View& view, std::int64_t n, std::int64_t y, std::int64_t x) {
+    return n * view.stride[0] + y * view.stride[2] + x * view.stride[3];
+}
+
+inline void read_floats(const View& view, std::int64_t n, std::int64_t y, std::int64_t x, int channels,
+                        int width, float* to, std::ptrdiff_t pitch) {
+    const std::int64_t offset = offset_of(view, n, y, x);
+    switch (view.dtype) {
+        case DType::bf16:
+            return read_planar<AsBf16>(view.data, offset, view.stride[1], view.stride[3], channels, width, to,
+                                       pitch);
+        case DType::f16:
+            return read_planar<AsF16>(view.data, offset, view.stride[1], view.stride[3], channels, width, to,
+                                      pitch);
+        default:
+            return read_planar<AsF32>(view.data, offset, view.stride[1], view.stride[3], channels, width, to,
+                                      pitch);
+    }
+}
+
+inline void write_floats(const View& view, std::int64_t n, std::int64_t y, std::int64_t x, int channels,
+                         int width, const float* from, std::ptrdiff_t pitch) {
+    const std::int64_t offset = offset_of(view, n, y, x);
+    switch (view.dtype) {
+        case DType::bf16:
+            return write_planar<AsBf16>(view.data, offset, view.stride[1], view.stride[3], channels, width,
+                                        from, pitch);
+        case DType::f16:
+            return write_planar<AsF16>(view.data, offset, view.stride[1], view.stride[3], channels, width,
+                                       from, pitch);
+        default:
+            return write_planar<AsF32>(view.data, offset, view.stride[1], view.stride[3], channels, width,
+                                       from, pitch);
+    }
+}
+
+// Labels as int16: a class, or `classes` for void. `bad` gets 1 where a valid pixel's label is no class (it
+// then counts as class 0, so that nothing is read out of bounds), else 0. Returns whether there was one.
+template <class T>
+inline bool read_label_row(const T* from, std::int64_t stride, int width, int classes,
+                           std::int64_t ignore_index, std::int16_t* labels, std::uint8_t* bad) {
+    bool any = false;
+    for (int x = 0; x < width; ++x) {
+        const std::int64_t label = static_cast<std::int64_t>(from[x * stride]);
+        const bool is_void = label == ignore_index;
+        const bool is_bad = !is_void && (label < 0 || label >= classes);
+        labels[x] = static_cast<std::int16_t>(is_void ? classes : is_bad ? 0 : label);
+        bad[x] = is_bad;
+        any |= is_bad;
+    }
+    return any;
+}
+
+inline bool read_labels(const View& view, std::int64_t n, std::int64_t y, std::int64_t x, int width,
+                        int classes, std::int64_t ignore_index, std::int16_t* labels, std::uint8_t* bad) {
+    const std::int64_t offset = offset_of(view, n, y, x), stride = view.stride[3];
+    const auto row = [&](auto* base) {
+        return read_label_row(base + offset, stride, width, classes, ignore_index, labels, bad);
+    };
+    switch (view.dtype) {
+        case DType::u8:
+            return row(static_cast<const std::uint8_t*>(view.data));
+        case DType::i8:
+            return row(static_cast<const std::int8_t*>(view.data));
+        case DType::i16:
+            return row(static_cast<const std::int16_t*>(view.data));
+        case DType::i32:
+            return row(static_cast<const std::int32_t*>(view.data));
+        default:
+            return row(static_cast<const std::int64_t*>(view.data));
+    }
+}
