@@ -12,23 +12,24 @@
 struct BackwardScratch {
     Ring d_t[MAX_LAYERS], d_p;
     LabelRow labels{};
-    float *z = nullptr, *q = nullptr, *g = nullptr, *zeros = nullptr, *u = nullptr, *m = nullptr,
-          *nowhere = nullptr;
+    float* z[BLOCK_ROWS] = {};
+    float *q = nullptr, *g = nullptr, *zeros = nullptr, *nowhere = nullptr;
     float* upstream[BLOCK_ROWS] = {};  // rows of d_semeda where it is a map
+    ConvScratch conv{};
     RowRef* rows = nullptr;
 
     BackwardScratch(const Plan& plan, Arena& arena) {
         const LossParams& p = *plan.params;
-        int widest = 0, depth = 0, tallest = 0;
+        int widest = 0;
+        ConvNeeds needs;
         for (int l = 0; l < p.layers; ++l) {
             const Conv& conv = plan.bwd[l];
             d_t[l] = take_ring(arena, plan, BLOCK_ROWS + 2 * conv.pad, conv.in);
             widest = widest > conv.out ? widest : conv.out;
-            depth = depth > conv.groups * conv.depth ? depth : conv.groups * conv.depth;
-            tallest = tallest > conv.ksize ? tallest : conv.ksize;
+            needs.cover(conv);
         }
         d_p = take_ring(arena, plan, BLOCK_ROWS, p.classes);
-        z = take_row(arena, plan, p.classes);
+        for (float*& row : z) row = take_row(arena, plan, p.classes);
         if (p.soft) q = take_row(arena, plan, p.classes);
         const std::size_t columns = static_cast<std::size_t>(plan.units) * UNIT;
         labels.label = arena.take<std::int16_t>(columns);
@@ -38,9 +39,8 @@ struct BackwardScratch {
         zeros = take_row(arena, plan);
         for (float*& row : upstream) row = take_row(arena, plan);
         nowhere = take_row(arena, plan, widest);
-        u = arena.take<float>(static_cast<std::size_t>(depth) * plan.tile_pitch);
-        m = arena.take<float>(static_cast<std::size_t>(WINOGRAD_J) * widest * plan.tile_units * UNIT);
-        rows = arena.take<RowRef>(BLOCK_ROWS + tallest);
+        conv = needs.take(arena);
+        rows = arena.take<RowRef>(BLOCK_ROWS + needs.tallest);
     }
 };
 
@@ -96,7 +96,7 @@ struct ChainEpilogue {
     std::ptrdiff_t pitch;
     float* to[BLOCK_ROWS];
     int number;
-    void unit(int n) { number = n; }
+    void unit(int n, bool) { number = n; }
     template <int ROWS>
     void put(int k, const F16* d_a) {
         for (int r = 0; r < ROWS; ++r) {
@@ -115,7 +115,7 @@ struct StoreEpilogue {
     std::ptrdiff_t pitch;
     float* to[BLOCK_ROWS];
     int x;
-    void unit(int n) { x = n * UNIT; }
+    void unit(int n, bool) { x = n * UNIT; }
     template <int ROWS>
     void put(int k, const F16* d) {
         for (int r = 0; r < ROWS; ++r) store16(to[r] + k * pitch + x, d[r]);
@@ -220,7 +220,7 @@ class BackwardTask {
     // d_t of layer `l` (counted from 1) by way of the convolution behind it.
     void chain(int l, std::int64_t y, int rows) {
         const bool post = p_.tap == Tap::post;
-        const int step = plan_.bwd[l].winograd ? BLOCK_ROWS : 1;
+        const int step = plan_.bwd[l].scheme != Scheme::plain ? BLOCK_ROWS : 1;
         for (int r = 0; r < rows; r += step) {
             const int count = rows - r < step ? rows - r : step;
             if (p_.distance == Distance::l1) {
@@ -240,13 +240,13 @@ class BackwardTask {
         epilogue.pitch = plan_.pitch;
         for (int r = 0; r < BLOCK_ROWS; ++r)
             epilogue.to[r] = r < rows ? s_.d_t[l - 1].row(y + r) : s_.nowhere;
-        convolve<false>(plan_, conv, s_.rows, 0, win_.units, s_.u, s_.m, epilogue);
+        convolve<false>(conv, s_.rows, 0, win_.units, s_.conv, epilogue);
         for (int r = 0; r < rows; ++r) clean_tail(epilogue.to[r], conv.out);
     }
 
     void logits(std::int64_t y, int rows, bool features) {
         const Conv& conv = plan_.bwd[0];
-        const int step = conv.winograd ? BLOCK_ROWS : 1;
+        const int step = conv.scheme != Scheme::plain ? BLOCK_ROWS : 1;
         for (int r = 0; r < rows; r += step) {
             const int count = rows - r < step ? rows - r : step;
             if (features) {
@@ -254,20 +254,21 @@ class BackwardTask {
                 StoreEpilogue epilogue{plan_.pitch, {}, 0};
                 for (int i = 0; i < BLOCK_ROWS; ++i)
                     epilogue.to[i] = i < count ? s_.d_p.row(y + r + i) : s_.nowhere;
-                convolve<false>(plan_, conv, s_.rows, win_.own_begin, win_.own_end, s_.u, s_.m, epilogue);
+                convolve<false>(conv, s_.rows, win_.own_begin, win_.own_end, s_.conv, epilogue);
             }
-            for (int i = 0; i < count; ++i) row(y + r + i, features);
+            read_logits(p_, win_, y + r, count, win_.own_begin * UNIT, win_.own_width, s_.z, plan_.pitch);
+            for (int i = 0; i < count; ++i) row(y + r + i, s_.z[i], features);
         }
     }
 
-    void row(std::int64_t y, bool features) {
+    // From logits z to their gradient.
+    void row(std::int64_t y, float* z, bool features) {
         const int x = win_.own_begin * UNIT, units = win_.own_end - win_.own_begin, width = win_.own_width;
         read_label_row(p_, win_, y, x, width, s_.labels);
         LabelRow labels = s_.labels;
         labels.label += x;
         labels.valid += x;
         labels.bad += x;
-        read_logits(p_, win_, y, x, width, s_.z, plan_.pitch);
         const float* q = nullptr;
         if (p_.soft) {
             read_soft_target(p_, win_, y, x, width, s_.q, plan_.pitch, s_.labels);
@@ -277,12 +278,12 @@ class BackwardTask {
         for (int i = 0; labels.any_bad && i < width; ++i) {
             if (labels.bad[i]) s_.g[x + i] = std::numeric_limits<float>::quiet_NaN();
         }
-        backward_row(p_, cw_, labels, units, width, s_.z + x, plan_.pitch,
+        backward_row(p_, cw_, labels, units, width, z + x, plan_.pitch,
                      features ? s_.d_p.row(y) + x : nullptr, plan_.pitch, scale_, q, s_.g + x);
         if (p_.binary) {
-            write_floats(p_.d_logits, win_.n, y, win_.xa + x, 1, width, s_.z + plan_.pitch + x, plan_.pitch);
+            write_floats(p_.d_logits, win_.n, y, win_.xa + x, 1, width, z + plan_.pitch + x, plan_.pitch);
         } else {
-            write_floats(p_.d_logits, win_.n, y, win_.xa + x, p_.classes, width, s_.z + x, plan_.pitch);
+            write_floats(p_.d_logits, win_.n, y, win_.xa + x, p_.classes, width, z + x, plan_.pitch);
         }
     }
 

@@ -20,6 +20,9 @@
     #include <pthread.h>
     #define SEMEDA_FAST_FORKS 1
 #endif
+#if defined(__linux__)
+    #include <sys/mman.h>
+#endif
 
 namespace semeda_fast {
 
@@ -90,6 +93,9 @@ void run_tasks(std::int64_t tasks, int threads, std::size_t scratch_bytes, const
         if (out_of_memory.load(std::memory_order_relaxed)) return;
         try {
             float* scratch = scratch_of_thread().floats(floats);
+#if defined(SEMEDA_REDZONES)
+            ASAN_UNPOISON_MEMORY_REGION(scratch, scratch_bytes);  // as the last task left it
+#endif
             std::memset(scratch, 0, scratch_bytes);
             task(i, scratch);
         } catch (const std::bad_alloc&) {  // no exception may leave a parallel region
@@ -105,6 +111,32 @@ void run_tasks(std::int64_t tasks, int threads, std::size_t scratch_bytes, const
         for (std::int64_t i = 0; i < tasks; ++i) one(i);
     }
     if (out_of_memory.load()) throw std::bad_alloc();
+}
+
+// An output of tens of megabytes is fresh memory from the system; in pages of 2 MB instead of 4 KB it is
+// faulted in 512 times less often. A hint: where the system has no such pages nothing changes.
+void ask_for_huge_pages(const void* data, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t HUGE = 2 << 20;
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    const std::uintptr_t begin = (address + HUGE - 1) / HUGE * HUGE;
+    const std::uintptr_t end = (address + static_cast<std::uintptr_t>(bytes)) / HUGE * HUGE;
+    if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    static_cast<void>(data);
+    static_cast<void>(bytes);
+#endif
+}
+
+// Bytes from a gradient's first element to its last; the gradient is dense, whatever its layout.
+std::int64_t gradient_bytes(const LossParams& p) {
+    const std::int64_t sizes[4] = {p.n, p.binary ? 1 : p.classes, p.h, p.w};
+    std::int64_t elements = 1;
+    for (int i = 0; i < 4; ++i) {
+        if (sizes[i] == 0) return 0;
+        elements += (sizes[i] - 1) * p.d_logits.stride[i];
+    }
+    return elements * (p.d_logits.dtype == DType::f32 ? 4 : 2);
 }
 
 double seconds() {
@@ -141,6 +173,8 @@ void forward(const LossParams& p) {
     const Kernels& k = kernels();
     CallMemory& memory = memory_of_caller();
     const Plan plan = make_plan(p, false, k.max_block, memory.weights);
+    ask_for_huge_pages(p.codes, p.n * p.h * code_bytes_per_row(p));
+    ask_for_huge_pages(p.saved_d, p.n * p.h * saved_floats_per_row(p) * 4);
     const int width = SUM_LAYERS + p.layers;
     const std::int64_t rows = p.n * p.h * plan.strips;
     double* sums =
@@ -168,6 +202,7 @@ void forward(const LossParams& p) {
 void backward(const LossParams& p) {
     const Kernels& k = kernels();
     const Plan plan = make_plan(p, true, k.max_block, memory_of_caller().weights);
+    ask_for_huge_pages(p.d_logits.data, gradient_bytes(p));
     run_tasks(plan.tasks, p.threads, k.backward_scratch(plan),
               [&](std::int64_t task, void* scratch) { k.backward_task(plan, task, scratch); });
 }

@@ -25,21 +25,36 @@ struct Ring {
 };
 
 template <class Epilogue>
-inline void convolve_relu(bool relu_first, const Plan& plan, const Conv& conv, const RowRef* rows, int begin,
-                          int end, float* u, float* m, Epilogue& epilogue) {
+inline void convolve_relu(bool relu_first, const Conv& conv, const RowRef* rows, int begin, int end,
+                          const ConvScratch& scratch, Epilogue& epilogue) {
     if (relu_first) {
-        convolve<true>(plan, conv, rows, begin, end, u, m, epilogue);
+        convolve<true>(conv, rows, begin, end, scratch, epilogue);
     } else {
-        convolve<false>(plan, conv, rows, begin, end, u, m, epilogue);
+        convolve<false>(conv, rows, begin, end, scratch, epilogue);
     }
 }
+
+// Room for the tiles of any of these convolutions.
+struct ConvNeeds {
+    std::size_t u = 0, m = 0;
+    int tallest = 0;
+    void cover(const Conv& conv) {
+        u = u > floats_of_u(conv) ? u : floats_of_u(conv);
+        m = m > floats_of_m(conv) ? m : floats_of_m(conv);
+        tallest = tallest > conv.ksize ? tallest : conv.ksize;
+    }
+    ConvScratch take(Arena& arena) const {
+        return {arena.take<float>(u), arena.take<float>(m), arena.take<float>(FLOATS_OF_Y)};
+    }
+};
 
 // The input rows of a block of `rows` outputs from row y on; rows outside the image are zero, and so are
 // those that only the outputs beyond `rows` would read, since the ring holds other rows in their place.
 inline void input_rows(const Conv& conv, const Ring& ring, std::int64_t y, int rows, std::int64_t height,
                        const float* zeros, RowRef* out) {
     y -= conv.pad;
-    const int count = (conv.winograd ? BLOCK_ROWS : 1) + 2 * conv.pad, known = rows + 2 * conv.pad;
+    const int count = (conv.scheme != Scheme::plain ? BLOCK_ROWS : 1) + 2 * conv.pad,
+              known = rows + 2 * conv.pad;
     for (int i = 0; i < count; ++i) {
         const bool inside = i < known && y + i >= 0 && y + i < height;
         out[i] = inside ? RowRef{ring.row(y + i), ring.pitch} : RowRef{zeros, 0};
@@ -67,7 +82,8 @@ struct ForwardScratch {
     std::ptrdiff_t label_pitch = 0;
     LabelRow* labels = nullptr;
     std::int16_t* no_labels = nullptr;  // a row of void
-    float *zeros = nullptr, *ce = nullptr, *u = nullptr, *m = nullptr;
+    float *zeros = nullptr, *ce = nullptr;
+    ConvScratch conv{};
     float* sums[BLOCK_ROWS] = {};  // the distance of each pixel of four rows
     float* nowhere = nullptr;      // takes rows and codes that nobody wants
     RowRef* rows = nullptr;
@@ -77,15 +93,15 @@ struct ForwardScratch {
         const int first_pad = p.layer[0].ksize / 2;
         e = take_ring(arena, plan, BLOCK_ROWS + 2 * first_pad, p.classes);
         if (p.soft) q = take_ring(arena, plan, BLOCK_ROWS + 2 * first_pad, p.classes);
-        int widest = 0, groups = 0, tallest = 0;
+        int widest = 0;
+        ConvNeeds needs;
         for (int l = 0; l < p.layers; ++l) {
             const int rows_kept = BLOCK_ROWS + 2 * next_pad(p, l);
             if (l + 1 < p.layers) b[l] = take_ring(arena, plan, rows_kept, p.layer[l].out);
             if (l < plan.target_layers) tq[l] = take_ring(arena, plan, rows_kept, p.layer[l].out);
-            const Conv& conv = plan.fwd[l];
-            widest = widest > conv.out ? widest : conv.out;
-            groups = groups > conv.groups * conv.depth ? groups : conv.groups * conv.depth;
-            tallest = tallest > conv.ksize ? tallest : conv.ksize;
+            widest = widest > p.layer[l].out ? widest : p.layer[l].out;
+            needs.cover(plan.fwd[l]);
+            needs.cover(plan.target[l]);
         }
         label_rows = BLOCK_ROWS + 2 * plan.reach[p.layers];
         const std::size_t side = (plan.reach[p.layers] + UNIT - 1) / UNIT * UNIT;
@@ -99,9 +115,8 @@ struct ForwardScratch {
         ce = take_row(arena, plan);
         for (float*& row : sums) row = take_row(arena, plan);
         nowhere = take_row(arena, plan, widest);
-        u = arena.take<float>(static_cast<std::size_t>(groups) * plan.tile_pitch);
-        m = arena.take<float>(static_cast<std::size_t>(WINOGRAD_J) * widest * plan.tile_units * UNIT);
-        rows = arena.take<RowRef>(BLOCK_ROWS + tallest);
+        conv = needs.take(arena);
+        rows = arena.take<RowRef>(BLOCK_ROWS + needs.tallest);
         if (!arena.base) return;
         for (std::ptrdiff_t i = 0; i < (label_rows + 1) * label_pitch; ++i) {
             label[i] = static_cast<std::int16_t>(p.classes);
@@ -138,12 +153,12 @@ struct DistanceEpilogue {
     float* saved_at[BLOCK_ROWS];
     std::ptrdiff_t code_step[BLOCK_ROWS], saved_step[BLOCK_ROWS];
 
-    void unit(int number) {
+    void unit(int number, bool first) {
         x = number * UNIT;
         const bool own = number >= own_begin && number < own_end;
         for (int r = 0; r < BLOCK_ROWS; ++r) {
             mask[r] = greater(load16(valid[r] + x), splat(0.0f));
-            total[r] = splat(0.0f);
+            total[r] = first ? splat(0.0f) : load16(sum[r] + x);
             if (!SAVE) continue;
             const bool here = own && code[r] != nullptr;
             code_at[r] = here ? code[r] + (number - own_begin) * 2 : nowhere;
@@ -214,7 +229,7 @@ struct TargetEpilogue {
     std::ptrdiff_t pitch;
     float* to[BLOCK_ROWS];
     int x;
-    void unit(int number) { x = number * UNIT; }
+    void unit(int number, bool) { x = number * UNIT; }
     template <int ROWS>
     void put(int k, const F16* t) {
         for (int r = 0; r < ROWS; ++r) store16(to[r] + k * pitch + x, t[r] + splat(bias[k]));
@@ -244,6 +259,9 @@ class ForwardTask {
                     const int rows =
                         static_cast<int>(end - done_[l] < BLOCK_ROWS ? end - done_[l] : BLOCK_ROWS);
                     if (l == 0) {
+                        float* e[BLOCK_ROWS];
+                        for (int r = 0; r < rows; ++r) e[r] = s_.e.row(done_[0] + r);
+                        read_logits(p_, win_, done_[0], rows, 0, win_.width, e, plan_.pitch);
                         for (int r = 0; r < rows; ++r) pixels(done_[0] + r);
                     } else {
                         if (l <= plan_.target_layers) target(l - 1, done_[l], rows);
@@ -262,6 +280,7 @@ class ForwardTask {
     bool owned(std::int64_t y) const { return y >= win_.y0 && y < win_.y1; }
     const LabelRow& labels(std::int64_t y) const { return s_.labels[y % s_.label_rows]; }
 
+    // From logits, already in the ring, to e.
     void pixels(std::int64_t y) {
         LabelRow& row = s_.labels[y % s_.label_rows];
         read_label_row(p_, win_, y, 0, win_.width, row);
@@ -270,7 +289,6 @@ class ForwardTask {
             row.start[x] = row.label[x] == row.label[x - 1] ? row.start[x - 1] : x;
         float* e = s_.e.row(y);
         float* q = p_.soft ? s_.q.row(y) : nullptr;
-        read_logits(p_, win_, y, 0, win_.width, e, plan_.pitch);
         if (q) read_soft_target(p_, win_, y, 0, win_.width, q, plan_.pitch, row);
         forward_row(p_, cw_, row, win_.units, win_.width, e, plan_.pitch, q, s_.ce);
         if (!owned(y)) return;
@@ -366,15 +384,15 @@ class ForwardTask {
                 }
             }
         } else {
-            const Conv& conv = plan_.fwd[l];
-            const int step = conv.winograd ? BLOCK_ROWS : 1;
+            const Conv& conv = plan_.target[l];
+            const int step = conv.scheme != Scheme::plain ? BLOCK_ROWS : 1;
             for (int r = 0; r < rows; r += step) target_rows(l, y + r, rows - r < step ? rows - r : step);
         }
         for (int r = 0; r < rows; ++r) clean_tail(s_.tq[l].row(y + r), p_.layer[l].out);
     }
 
     void target_rows(int l, std::int64_t y, int rows) {
-        const Conv& conv = plan_.fwd[l];
+        const Conv& conv = plan_.target[l];
         input_rows(conv, l ? s_.tq[l - 1] : s_.q, y, rows, p_.h, s_.zeros, s_.rows);
         TargetEpilogue epilogue{p_.layer[l].bias, plan_.pitch, {}, 0};
         for (int r = 0; r < BLOCK_ROWS; ++r) epilogue.to[r] = r < rows ? s_.tq[l].row(y + r) : s_.nowhere;
@@ -386,14 +404,14 @@ class ForwardTask {
                 if (label < 0) continue;
                 for (int r = 0; r < rows; ++r) fill(l, epilogue.to[r], unit, label);
             }
-            if (begin < unit) convolve_relu(l > 0, plan_, conv, s_.rows, begin, unit, s_.u, s_.m, epilogue);
+            if (begin < unit) convolve_relu(l > 0, conv, s_.rows, begin, unit, s_.conv, epilogue);
             begin = unit + 1;
         }
     }
 
     void prediction(int l, std::int64_t y, int rows) {
         const bool last = l + 1 == p_.layers, post = p_.tap == Tap::post, l1 = p_.distance == Distance::l1;
-        const int step = plan_.fwd[l].winograd ? BLOCK_ROWS : 1;
+        const int step = plan_.fwd[l].scheme != Scheme::plain ? BLOCK_ROWS : 1;
         for (int r = 0; r < rows; r += step) {
             const int count = rows - r < step ? rows - r : step;
             if (last) {
@@ -449,7 +467,7 @@ class ForwardTask {
                 }
             }
         }
-        convolve<false>(plan_, conv, s_.rows, 0, win_.units, s_.u, s_.m, epilogue);
+        convolve<false>(conv, s_.rows, 0, win_.units, s_.conv, epilogue);
         for (int r = 0; r < rows; ++r) {
             if (!LAST) clean_tail(s_.b[l].row(y + r), layer.out);
             if (owned(y + r)) add_up(l, y + r, s_.sums[r]);

@@ -12,6 +12,15 @@
     #include <immintrin.h>
 #endif
 
+// Register blocks are arrays that live in registers only where every loop over them is unrolled early.
+#if defined(__clang__)
+    #define SEMEDA_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+    #define SEMEDA_UNROLL _Pragma("GCC unroll 8")
+#else
+    #define SEMEDA_UNROLL
+#endif
+
 namespace semeda_fast {
 namespace {
 namespace SEMEDA_ISA {

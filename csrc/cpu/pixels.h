@@ -65,15 +65,26 @@ inline void read_label_row(const LossParams& p, const Window& win, std::int64_t 
     row.any_void = any_void;
 }
 
-// Logits of a row as C planar channels; binary logits get a first channel of zeros, so that softmax gives
-// [1-s, s].
-inline void read_logits(const LossParams& p, const Window& win, std::int64_t y, int x0, int width, float* z,
-                        std::ptrdiff_t pitch) {
-    if (p.binary) {
-        std::memset(z + x0, 0, sizeof(float) * static_cast<std::size_t>(width));
-        read_floats(p.logits, win.n, y, win.xa + x0, 1, width, z + pitch + x0, pitch);
-    } else {
-        read_floats(p.logits, win.n, y, win.xa + x0, p.classes, width, z + x0, pitch);
+// Logits of up to four rows as C planar channels; binary logits get a first channel of zeros, so that softmax
+// gives [1-s, s]. Channel by channel where a channel's rows are contiguous: the processor fetches ahead along
+// them.
+inline void read_logits(const LossParams& p, const Window& win, std::int64_t y, int rows, int x0, int width,
+                        float* const* z, std::ptrdiff_t pitch) {
+    const View& view = p.logits;
+    const std::int64_t x = win.xa + x0;
+    const bool planar = view.stride[3] == 1;
+    const int channels = p.binary ? 1 : p.classes, first = p.binary ? 1 : 0;
+    for (int c = 0; planar && c < channels; ++c) {
+        View channel = view;
+        channel.data =
+            static_cast<char*>(view.data) + c * view.stride[1] * (view.dtype == DType::f32 ? 4 : 2);
+        for (int r = 0; r < rows; ++r) {
+            read_floats(channel, win.n, y + r, x, 1, width, z[r] + (first + c) * pitch + x0, pitch);
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        if (!planar) read_floats(view, win.n, y + r, x, channels, width, z[r] + first * pitch + x0, pitch);
+        if (p.binary) std::memset(z[r] + x0, 0, sizeof(float) * static_cast<std::size_t>(width));
     }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #if defined(_MSC_VER)
     #include <malloc.h>
@@ -17,62 +18,93 @@ constexpr std::size_t LINE = 64;
 
 std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
 
-// G of F(4,3) with the points 0, 1, -1, 2, -2, infinity (Lavin and Gray, arXiv 1509.09308).
-void winograd_weights(const float* column, std::ptrdiff_t stride, double* g) {
-    const double a = column[0], b = column[stride], c = column[2 * stride];
-    g[0] = a / 4;
-    g[1] = -(a + b + c) / 6;
-    g[2] = -(a - b + c) / 6;
-    g[3] = a / 24 + b / 12 + c / 6;
-    g[4] = a / 24 - b / 12 + c / 6;
-    g[5] = c;
+// G of F(4,3), points 0, +-A, +-B, infinity, and of F(2,3), points 0, 1, -1, infinity (Lavin and Gray, arXiv
+// 1509.09308).
+void weights_4_3(double w0, double w1, double w2, double* g) {
+    const double a = WINOGRAD_A, b = WINOGRAD_B, p = a * a, q = b * b;
+    g[0] = w0 / (p * q);
+    g[1] = (w0 + a * w1 + p * w2) / (2 * p * (p - q));
+    g[2] = (w0 - a * w1 + p * w2) / (2 * p * (p - q));
+    g[3] = (w0 + b * w1 + q * w2) / (2 * q * (q - p));
+    g[4] = (w0 - b * w1 + q * w2) / (2 * q * (q - p));
+    g[5] = w2;
 }
 
-Conv make_conv(int in, int out, int ksize, int max_block) {
+void weights_2_3(double a, double b, double c, double* g) {
+    g[0] = a;
+    g[1] = (a + b + c) / 2;
+    g[2] = (a - b + c) / 2;
+    g[3] = c;
+}
+
+Conv make_conv(int in, int out, int ksize, int max_block, bool columns_too) {
     Conv c;
     c.in = in;
     c.out = out;
     c.ksize = ksize;
     c.pad = ksize / 2;
-    c.winograd = ksize == 3;
-    c.groups = c.winograd ? WINOGRAD_J : 1;
-    c.depth = c.winograd ? in : in * ksize;
+    c.scheme = ksize != 3 ? Scheme::plain : columns_too ? Scheme::winograd_2d : Scheme::winograd_1d;
+    c.groups = c.scheme == Scheme::plain ? 1 : c.scheme == Scheme::winograd_1d ? WINOGRAD_J : 4 * WINOGRAD_J;
+    c.depth = c.scheme == Scheme::plain ? in * ksize : in;
     c.blocks = (out + max_block - 1) / max_block;
+    // A transformed tile should stay in the second-level cache.
+    c.tile_units = c.scheme == Scheme::winograd_2d || c.groups * c.depth <= 6 * 64 ? TILE_2D_UNITS : 3;
     return c;
 }
 
+int kernel_columns(const Conv& c) { return c.scheme == Scheme::winograd_2d ? 1 : c.ksize; }
+
 std::size_t packed_floats(const Conv& c) {
-    return static_cast<std::size_t>(c.groups) * c.depth * c.ksize * c.out;
+    return static_cast<std::size_t>(c.groups) * c.depth * kernel_columns(c) * c.out;
 }
 
-// weight is [K_l, K_{l-1}, k, k]; turned: channels exchanged and both axes reversed, for the gradient.
-void pack(const Conv& c, const float* weight, bool turned, float* packed) {
+// One kernel [k, k] in the order [group][row where plain][kernel column]; `turned` reverses both axes.
+void transform_kernel(const Conv& c, const float* kernel, bool turned, std::vector<double>& out) {
     const int k = c.ksize;
-    const int layer_in = turned ? c.out : c.in;
+    const auto at = [&](int y, int x) -> double {
+        return turned ? kernel[(k - 1 - y) * k + k - 1 - x] : kernel[y * k + x];
+    };
+    if (c.scheme == Scheme::plain) {
+        for (int y = 0; y < k; ++y) {
+            for (int x = 0; x < k; ++x) out[static_cast<std::size_t>(y * k + x)] = at(y, x);
+        }
+        return;
+    }
+    double g[3][WINOGRAD_J];
+    for (int x = 0; x < 3; ++x) weights_4_3(at(0, x), at(1, x), at(2, x), g[x]);
+    for (int j = 0; j < WINOGRAD_J; ++j) {
+        if (c.scheme == Scheme::winograd_2d) {
+            weights_2_3(g[0][j], g[1][j], g[2][j], &out[static_cast<std::size_t>(4 * j)]);
+        } else {
+            for (int x = 0; x < 3; ++x) out[static_cast<std::size_t>(3 * j + x)] = g[x][j];
+        }
+    }
+}
+
+// weight is [K_l, K_{l-1}, k, k]; turned: channels exchanged and the kernel turned by 180 degrees, for the
+// gradient.
+void pack(const Conv& c, const float* weight, bool turned, float* packed) {
+    const int columns = kernel_columns(c), taps = c.ksize * c.ksize;
+    const bool plain = c.scheme == Scheme::plain;
+    std::vector<double> kernel(static_cast<std::size_t>(std::max(taps, c.groups * columns)));
     for (int block = 0; block < c.blocks; ++block) {
-        const int begin = block_begin(c, block), end = block_begin(c, block + 1);
-        for (int o = begin; o < end; ++o) {
+        const int begin = block_begin(c, block), channels = block_begin(c, block + 1) - begin;
+        float* to_block = packed + static_cast<std::ptrdiff_t>(begin) * c.groups * c.depth * columns;
+        for (int b = 0; b < channels; ++b) {
             for (int i = 0; i < c.in; ++i) {
-                const float* kernel = weight + (turned ? static_cast<std::ptrdiff_t>(i) * layer_in + o
-                                                       : static_cast<std::ptrdiff_t>(o) * layer_in + i) *
-                                                   k * k;
-                for (int kx = 0; kx < k; ++kx) {
-                    const int x = turned ? k - 1 - kx : kx;
-                    double g[WINOGRAD_J];
-                    if (c.winograd) {
-                        turned ? winograd_weights(kernel + 2 * k + x, -k, g)
-                               : winograd_weights(kernel + x, k, g);
-                    }
-                    for (int part = 0; part < (c.winograd ? WINOGRAD_J : k); ++part) {
-                        const int group = c.winograd ? part : 0;
-                        const int depth = c.winograd ? i : part * c.in + i;
-                        const float value = c.winograd ? static_cast<float>(g[part])
-                                                       : kernel[(turned ? k - 1 - part : part) * k + x];
-                        const std::ptrdiff_t group_base =
-                            static_cast<std::ptrdiff_t>(group) * c.depth * k * c.out +
-                            static_cast<std::ptrdiff_t>(begin) * c.depth * k;
-                        packed[group_base + (static_cast<std::ptrdiff_t>(depth) * k + kx) * (end - begin) +
-                               o - begin] = value;
+                const std::ptrdiff_t number = turned ? static_cast<std::ptrdiff_t>(i) * c.out + begin + b
+                                                     : static_cast<std::ptrdiff_t>(begin + b) * c.in + i;
+                transform_kernel(c, weight + number * taps, turned, kernel);
+                // A row of the kernel is a group where it was transformed, and a part of the depth where it
+                // is plain.
+                for (int part = 0; part < (plain ? c.ksize : c.groups); ++part) {
+                    const int depth = plain ? part * c.in + i : i, group = plain ? 0 : part;
+                    float* to =
+                        to_block +
+                        ((static_cast<std::ptrdiff_t>(group) * c.depth + depth) * columns) * channels + b;
+                    for (int x = 0; x < columns; ++x) {
+                        to[x * channels] =
+                            static_cast<float>(kernel[static_cast<std::size_t>(part * columns + x)]);
                     }
                 }
             }
@@ -118,7 +150,9 @@ void fill_table(const Layer& layer, int classes, const float* before, float* tab
 
 // Columns of a task are chosen so that its rings fit a cache of this size; measured in
 // docs/performance-log.md.
-constexpr std::int64_t RING_BYTES = 2 << 20;
+constexpr std::int64_t RING_BYTES = 8 << 20;
+// Winograd along the columns, too, pays where both sides of a layer have this many channels.
+constexpr int WINOGRAD_2D_FROM = 8;
 constexpr std::int64_t MIN_STRIP = 128, MAX_STRIP = 2048;
 constexpr std::int64_t TASKS_WANTED = 16;
 constexpr std::int64_t MIN_CHUNK = 16, MAX_CHUNK = 64;
@@ -196,22 +230,25 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
     cut(p, plan);
     lay_out_codes(p, plan);
 
-    int widest_pad = 0, depth = 0, outs = 0;
-    Arena count;
-    float* packed[MAX_LAYERS];
-    std::size_t offset[MAX_LAYERS];
+    plan.target_layers = p.tap == Tap::post ? p.layers : p.layers - 1;
+    int widest_pad = 0;
+    std::size_t floats = 0;
     for (int l = 0; l < p.layers; ++l) {
         const Layer& layer = p.layer[l];
-        Conv& conv = backward ? plan.bwd[l] : plan.fwd[l];
-        conv = backward ? make_conv(layer.out, layer.in, layer.ksize, max_block)
-                        : make_conv(layer.in, layer.out, layer.ksize, max_block);
-        offset[l] = count.used;
-        count.take<float>(packed_floats(conv));
-        widest_pad = std::max(widest_pad, conv.pad);
-        depth = std::max(depth, conv.groups * conv.depth);
-        outs = std::max(outs, conv.groups * conv.out);
+        widest_pad = std::max(widest_pad, layer.ksize / 2);
+        const bool columns_too = std::min(layer.in, layer.out) >= WINOGRAD_2D_FROM;
+        if (backward) {
+            plan.bwd[l] = make_conv(layer.out, layer.in, layer.ksize, max_block, columns_too);
+            floats += packed_floats(plan.bwd[l]);
+        } else {
+            plan.fwd[l] = make_conv(layer.in, layer.out, layer.ksize, max_block, columns_too);
+            // Computed in runs of single units, where pairs of columns would waste half a vector.
+            plan.target[l] = make_conv(layer.in, layer.out, layer.ksize, max_block, false);
+            floats += packed_floats(plan.fwd[l]) + packed_floats(plan.target[l]);
+        }
     }
-    plan.target_layers = p.tap == Tap::post ? p.layers : p.layers - 1;
+    Arena count;
+    count.take<float>(floats);
     const bool tables = !backward && !p.soft;
     const std::size_t columns_at = count.used;
     std::size_t table_at[MAX_LAYERS] = {};
@@ -225,11 +262,23 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
         }
     }
     char* base = reinterpret_cast<char*>(memory.floats(count.used / sizeof(float) + LINE));
+    float* packed = reinterpret_cast<float*>(base);
+    const auto pack_next = [&](Conv& conv, int l) {
+        pack(conv, p.layer[l].weight, backward, packed);
+        conv.packed = packed;
+        packed += packed_floats(conv);
+    };
     for (int l = 0; l < p.layers; ++l) {
-        packed[l] = reinterpret_cast<float*>(base + offset[l]);
-        Conv& conv = backward ? plan.bwd[l] : plan.fwd[l];
-        pack(conv, p.layer[l].weight, backward, packed[l]);
-        conv.packed = packed[l];
+        if (backward) {
+            pack_next(plan.bwd[l], l);
+            continue;
+        }
+        pack_next(plan.fwd[l], l);
+        if (plan.fwd[l].scheme == plan.target[l].scheme) {
+            plan.target[l].packed = plan.fwd[l].packed;
+        } else {
+            pack_next(plan.target[l], l);
+        }
     }
     if (tables) {
         float* columns = reinterpret_cast<float*>(base + columns_at);
@@ -248,9 +297,6 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
     plan.pitch =
         plan.margin + static_cast<std::ptrdiff_t>(plan.units) * UNIT + round_up(widest_pad, UNIT) + UNIT;
     if (plan.pitch / UNIT % 2 == 0) plan.pitch += UNIT;
-    // Transformed tiles should stay in the second-level cache beside the rings' current rows.
-    plan.tile_units = (depth + outs) * 6 * UNIT * 4 > (160 << 10) ? 3 : 6;
-    plan.tile_pitch = plan.tile_units * UNIT + round_up(2 * widest_pad, UNIT) + UNIT;
     return plan;
 }
 

@@ -11,21 +11,37 @@
 
 #include "params.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+    #define SEMEDA_REDZONES 1
+#elif defined(__has_feature)
+    #if __has_feature(address_sanitizer)
+        #define SEMEDA_REDZONES 1
+    #endif
+#endif
+#if defined(SEMEDA_REDZONES)
+    #include <sanitizer/asan_interface.h>
+#endif
+
 namespace semeda_fast {
 
 constexpr int UNIT = 16;       // pixels; strips, code words and pointwise vectors are counted in units
 constexpr int BLOCK_ROWS = 4;  // rows that a layer makes at a time, the output tile of F(4,3)
 constexpr int WINOGRAD_J = 6;  // rows of a tile in the transformed domain
+constexpr int TILE_2D_UNITS = 6;
+constexpr float WINOGRAD_A = 0.75f, WINOGRAD_B = 1.5f;  // points of F(4,3): 0, +-A, +-B, infinity
+
+enum class Scheme : int { plain, winograd_1d, winograd_2d };
 
 // One convolution, forward or backward (then in and out are exchanged and the kernel is turned by 180
 // degrees).
 struct Conv {
     int in = 0, out = 0, ksize = 0, pad = 0;
-    bool winograd = false;  // F(4,3) along the columns of the kernel; else row by row
-    int groups = 1;         // J: products per tile that are summed apart
-    int depth = 0;   // channels per group: in, or in * ksize where kernel rows are channels of one group
-    int blocks = 0;  // output channels are cut into so many register blocks
-    const float* packed = nullptr;  // [groups][blocks][depth][ksize][channels of the block]
+    Scheme scheme = Scheme::plain;
+    int groups = 1;      // products per tile that are summed apart
+    int depth = 0;       // channels per group: in, or in * ksize where kernel rows are channels of one group
+    int blocks = 0;      // output channels are cut into so many register blocks
+    int tile_units = 0;  // columns that are taken at a time, in units
+    const float* packed = nullptr;  // [blocks][groups][depth][kernel columns][channels of the block]
 };
 
 // Internal linkage: a shared inline function could be taken from the AVX-512 file and run on any processor.
@@ -37,6 +53,13 @@ inline int block_begin(const Conv& c, int block) {
     return block * base + (block < extra ? block : extra);
 }
 
+// Bytes between two parts, poisoned while a sanitizer watches, so that it sees one overrun into the next.
+#if defined(SEMEDA_REDZONES)
+constexpr std::size_t REDZONE = 256;
+#else
+constexpr std::size_t REDZONE = 0;
+#endif
+
 // Hands out cache-line-aligned parts of a buffer; with base null it only counts.
 struct Arena {
     char* base = nullptr;
@@ -44,7 +67,11 @@ struct Arena {
     template <class T>
     T* take(std::size_t count) {
         T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += (count * sizeof(T) + 63) / 64 * 64;
+        const std::size_t end = used + (count * sizeof(T) + 63) / 64 * 64 + REDZONE;
+#if defined(SEMEDA_REDZONES)
+        if (p) ASAN_POISON_MEMORY_REGION(p + count, base + end - reinterpret_cast<char*>(p + count));
+#endif
+        used = end;
         return p;
     }
 };
@@ -57,13 +84,11 @@ struct Plan {
     int reach[MAX_LAYERS + 1] =
         {};  // pixels of labels around a pixel that layer l sees: sum of the pads up to it
     std::int64_t strips = 1, strip_width = 0, chunks = 1, chunk_rows = 0, tasks = 0;
-    int strip_halo = 0;             // halo[0], rounded up to units
-    int units = 0;                  // of the widest task with its halo
-    int margin = 0;                 // floats left of each row, zero
-    std::ptrdiff_t pitch = 0;       // floats from one channel's row to the next
-    int tile_units = 0;             // columns that a convolution takes at a time, in units
-    std::ptrdiff_t tile_pitch = 0;  // floats of a transformed input row
-    Conv fwd[MAX_LAYERS], bwd[MAX_LAYERS];
+    int strip_halo = 0;        // halo[0], rounded up to units
+    int units = 0;             // of the widest task with its halo
+    int margin = 0;            // floats left of each row, zero
+    std::ptrdiff_t pitch = 0;  // floats from one channel's row to the next
+    Conv fwd[MAX_LAYERS], target[MAX_LAYERS], bwd[MAX_LAYERS];
     int target_layers = 0;                // t_l(q) is needed of layers 1..target_layers
     const float* table[MAX_LAYERS] = {};  // [C + 1, K_l]: t_l inside a region of one class; the last is void
     const float* columns = nullptr;       // [taps, C + 1, width16]: weight columns of layer 1, zero for void

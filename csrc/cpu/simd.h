@@ -42,6 +42,16 @@ inline void split(F x, F& mantissa, F& exponent) {
     exponent.v = _mm512_getexp_ps(x.v);
 }
 inline float sum_lanes(F a) { return _mm512_reduce_add_ps(a.v); }
+inline void deinterleave(F a, F b, F& even, F& odd) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even.v = _mm512_permutex2var_ps(a.v, evens, b.v);
+    odd.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), b.v);
+}
+inline void interleave(F even, F odd, F& a, F& b) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a.v = _mm512_permutex2var_ps(even.v, low, odd.v);
+    b.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd.v);
+}
 
 #elif defined(SEMEDA_AVX2)
 
@@ -89,6 +99,18 @@ inline float sum_lanes(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline __m256 quarters_0213(__m256 a) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), _MM_SHUFFLE(3, 1, 2, 0)));
+}
+inline void deinterleave(F a, F b, F& even, F& odd) {
+    even.v = quarters_0213(_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(2, 0, 2, 0)));
+    odd.v = quarters_0213(_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(3, 1, 3, 1)));
+}
+inline void interleave(F even, F odd, F& a, F& b) {
+    const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+    a.v = _mm256_permute2f128_ps(low, high, 0x20);
+    b.v = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
 #else  // portable: plain loops over four lanes, which compilers turn into SSE2 or NEON
@@ -203,6 +225,18 @@ inline void split(F x, F& mantissa, F& exponent) {
     }
 }
 inline float sum_lanes(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline void deinterleave(F a, F b, F& even, F& odd) {
+    for (int i = 0; i < VL; ++i) {
+        even.v[i] = 2 * i < VL ? a.v[2 * i] : b.v[2 * i - VL];
+        odd.v[i] = 2 * i < VL ? a.v[2 * i + 1] : b.v[2 * i + 1 - VL];
+    }
+}
+inline void interleave(F even, F odd, F& a, F& b) {
+    for (int i = 0; i < VL; ++i) {
+        a.v[i] = i % 2 ? odd.v[i / 2] : even.v[i / 2];
+        b.v[i] = i % 2 ? odd.v[(VL + i) / 2] : even.v[(VL + i) / 2];
+    }
+}
 
 #endif
 
@@ -228,6 +262,15 @@ inline void store16(float* p, F16 a) {
 }
 inline F16 splat(float x) {
     return map16([&](int) { return set1(x); });
+}
+// even[0], odd[0], even[1], ... to 32 floats.
+inline void interleave16(F16 even, F16 odd, float* to) {
+    for (int i = 0; i < PARTS; ++i) {
+        F a, b;
+        interleave(even.p[i], odd.p[i], a, b);
+        store(to + 2 * i * VL, a);
+        store(to + (2 * i + 1) * VL, b);
+    }
 }
 inline F16 operator+(F16 a, F16 b) {
     return map16([&](int i) { return a.p[i] + b.p[i]; });
