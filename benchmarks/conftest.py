@@ -1,0 +1,153 @@
+"""`pytest benchmarks/`: interleaved measurements, handed to pytest-benchmark sample by sample.
+
+pytest-benchmark runs one test after the other, so a drift of the machine falls on some contenders only. Here the
+first test of a group measures all its selected contenders interleaved, in a process of its own with the
+group's allocator; then each test replays its own samples through a timer, and pytest-benchmark's tables,
+files and comparisons hold those. With --benchmark-disable each contender is checked on a miniature instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import machine, oracle, runner, tables
+from .contenders import NOT_INDUCTOR, contenders
+from .plans import WARMUP, Case, Plan
+from .report import labels_text
+from .suite import Group
+from .workloads import Inputs, make_inputs
+
+
+class ReplayTimer:
+    """A timer for pytest-benchmark that gives recorded durations: 0 at the start of a round, the sample at its end."""
+
+    def __init__(self) -> None:
+        self._samples: list[float] = []
+        self._running = False
+
+    def load(self, samples: list[float]) -> None:
+        """The samples of the next rounds."""
+        self._samples, self._running = list(reversed(samples)), False
+
+    def __call__(self) -> float:
+        self._running = not self._running
+        return 0.0 if self._running else self._samples.pop()
+
+
+class Measurements:
+    """The groups measured so far in this session; a group is measured when its first test asks for it."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        self.session = session
+        self.groups: dict[str, dict[str, tables.Record]] = {}
+        self._inputs: dict[str, tuple[Inputs, oracle.Oracle]] = {}
+
+    def record(self, group: Group, contender: str) -> tables.Record:
+        """The result of one contender, with the samples of the run that all of the group took part in."""
+        if group.name not in self.groups:
+            self.groups[group.name] = self._measure(group)
+        return self.groups[group.name][contender]
+
+    def _measure(self, group: Group) -> dict[str, tables.Record]:
+        names = tuple(name for name in group.contenders if name in self._selected(group))
+        threads, warmup = machine.available_cores(), WARMUP[group.allocator]
+        case = Case("time", group.name, threads, group.workload, names, group.mode, group.budget, warmup)
+        records, problem = runner.run_worker(Plan(group.name, (case,), group.allocator))
+        if problem:
+            raise RuntimeError(f"{group.name}: {problem}")
+        return {record["contender"]: record for record in records}
+
+    def _selected(self, group: Group) -> set[str]:
+        """What -k and the like left of a group, so that nothing else is compiled and run."""
+        items = [item for item in self.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+        params = [item.callspec.params for item in items]
+        return {str(p["contender"]) for p in params if p.get("group") == group}
+
+    def check_miniature(self, group: Group, contender: str) -> oracle.Check:
+        """One call of a contender on a small form of the workload, compared with the reference."""
+        small = group.workload.replace(batch=1, height=40, width=40)
+        if small.name not in self._inputs:
+            inputs = make_inputs(small)
+            self._inputs[small.name] = inputs, oracle.compute_oracle(inputs)
+        inputs, truth = self._inputs[small.name]
+        chosen = contenders()[contender]
+        function = chosen.make(inputs, NOT_INDUCTOR)
+        return oracle.check(function, inputs.leaf(chosen.layout), inputs, truth, chosen.checked_as)
+
+
+REPLAY = ReplayTimer()
+_MEASUREMENTS = pytest.StashKey[Measurements]()
+
+
+@pytest.fixture(scope="session")
+def measurements(request: pytest.FixtureRequest) -> Measurements:
+    """What has been measured in this session."""
+    found = Measurements(request.session)
+    request.config.stash[_MEASUREMENTS] = found
+    return found
+
+
+@pytest.fixture
+def replay(measurements: Measurements, benchmark: Any) -> Callable[[Group, str], None]:
+    """Hand one contender's samples to pytest-benchmark; fails where its values are wrong."""
+
+    def run(group: Group, contender: str) -> None:
+        benchmark.group = group.name
+        if not benchmark.enabled:
+            result = benchmark.pedantic(measurements.check_miniature, args=(group, contender))
+            assert result.ok, f"WRONG: {result.describe()}"
+            return
+        record = measurements.record(group, contender)
+        if record["status"] == "skipped":
+            pytest.skip(record["reason"])
+        assert record["status"] == "ok", tables.verdict(record)
+        benchmark.extra_info.update(extra_info(record, list(measurements.groups[group.name].values())))
+        REPLAY.load(record["seconds"])
+        benchmark.pedantic(lambda: None, rounds=len(record["seconds"]))
+
+    return run
+
+
+def extra_info(record: tables.Record, group: list[tables.Record]) -> dict[str, Any]:
+    """What a stored result says beside its times; ratios as [value, low, high] of a 95 % interval."""
+    ratios = {
+        f"{tables.BASELINE_FAMILIES[family]} / this": [ratio.value, ratio.low, ratio.high]
+        for family, ratio in tables.ratios_of(record, group).items()
+    }
+    return {
+        "workload": record["workload_name"],
+        "mode": record["mode"],
+        "allocator": record["allocator"],
+        "threads": record["threads"],
+        "labels": record["labels"]["source"],
+        "edge_share": record["labels"]["edge_share"],
+        "mixed_share": record["labels"]["mixed_share"],
+        "saved_bytes_per_pixel": record.get("saved_bytes_per_pixel"),
+        "check": record["check"],
+        "interleaved": True,
+        **ratios,
+    }
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The ratios of each group, which need the pairs of samples that pytest-benchmark does not know of."""
+    found = config.stash.get(_MEASUREMENTS, None)
+    if found is None or not found.groups:
+        return
+    load = machine.load_average()
+    terminalreporter.section("interleaved medians and ratios")
+    terminalreporter.write_line(
+        f"{machine.processor_name()}, {machine.available_cores()} cores, load average now {load}; "
+        "all contenders of a group ran round-robin in one process; ratios with 95 % bootstrap intervals over rounds"
+    )
+    for name, records in found.groups.items():
+        listed = list(records.values())
+        terminalreporter.write_line("")
+        terminalreporter.write_line(f"{name}: {listed[0]['workload_name']}. {labels_text(listed[0]['labels'])}")
+        by_allocator = {listed[0]["allocator"]: listed}
+        for header, rows in (tables.time_table(by_allocator), tables.ratio_table(by_allocator)):
+            if rows:
+                terminalreporter.write_line(tables.plain(header, rows))

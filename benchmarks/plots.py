@@ -1,0 +1,90 @@
+"""Plots of a run, PNG files beside its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from semeda_fast.files import atomic_path
+
+from .tables import Record, median, scaling_value
+from .timing import quartiles
+
+COLOURS = {"default": "#4878a8", "tuned": "#c8843c"}
+AXES = {"pixels": "pixels", "classes": "classes (1: binary)", "batch": "images in a batch", "threads": "threads"}
+
+
+def draw_times(by_allocator: dict[str, list[Record]], title: str, path: Path) -> None:
+    """Horizontal bars of the medians, whiskers to the quartiles, one colour an allocator."""
+    names = list(dict.fromkeys(r["contender"] for rs in by_allocator.values() for r in rs if r["status"] == "ok"))
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / max(1, len(by_allocator))
+    for number, (allocator, records) in enumerate(by_allocator.items()):
+        found = {record["contender"]: record for record in records if record["status"] == "ok"}
+        places, values, errors = [], [], []
+        for row, name in enumerate(names):
+            if name in found:
+                q1, middle, q3 = (1000 * value for value in quartiles(found[name]["seconds"]))
+                places.append(row + number * height)
+                values.append(middle)
+                errors.append((middle - q1, q3 - middle))
+        axes.barh(
+            places,
+            values,
+            height,
+            xerr=list(zip(*errors, strict=True)) if errors else None,
+            color=COLOURS.get(allocator),
+            label=f"{allocator} malloc",
+        )
+    axes.set_yticks([row + height * (len(by_allocator) - 1) / 2 for row in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms (median, quartiles)")
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_scaling(records: Sequence[Record], axis: str, title: str, path: Path) -> None:
+    """Median time of each contender along an axis, both logarithmic; one line style an allocator."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lines = dict.fromkeys((r["contender"], r["allocator"]) for r in records if r["status"] == "ok")
+    for name, allocator in lines:
+        points = sorted(
+            (scaling_value(r, axis), 1000 * median(r))
+            for r in records
+            if (r["contender"], r["allocator"]) == (name, allocator) and r["status"] == "ok"
+        )
+        style = "-" if allocator == "default" else "--"
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=f"{name}, {allocator} malloc")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(AXES[axis])
+    axes.set_ylabel("ms (median)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(True, which="both", alpha=0.3)
+    if lines:
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_memory(records: Sequence[Record], title: str, path: Path) -> None:
+    """Peak above inputs and gradient of each contender."""
+    able = [r for r in records if r["status"] == "ok" and r["above_inputs"] is not None]
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(able)), layout="constrained")
+    axes = figure.add_subplot()
+    values = [max(0, r["above_inputs"] - r["gradient"]) / 2**20 for r in able]
+    bars = axes.barh([r["contender"] for r in able], values, color="#4878a8")
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB above inputs and gradient (peak of one forward + backward)")
+    axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=110)

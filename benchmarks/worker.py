@@ -1,0 +1,219 @@
+"""One process that measures one plan: `python -m benchmarks.worker PLAN.json RESULT.json`.
+
+The allocator, the number of threads and the memory of a process are settled before it starts, so each
+condition gets its own. Results are written after every case: what was measured survives an interruption.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semeda_fast.files import atomic_path
+
+from . import machine, memory, oracle, timing
+from .contenders import Contender, contenders
+from .plain import LossFunction
+from .plans import Case, Plan
+from .work import activation_bytes, work_of
+from .workloads import Inputs, make_inputs
+
+Record = dict[str, Any]
+
+
+def run_plan(plan: Plan, *, on_result: Any = None) -> list[Record]:
+    """Measure every case of a plan in this process.
+
+    Args:
+        on_result: called with all records so far after each case.
+
+    Returns:
+        the records; a contender that is wrong, refuses or fails has a "status" that says so and no times.
+    """
+    for name in plan.imports:
+        importlib.import_module(name)
+    records: list[Record] = []
+    for case in plan.cases:
+        torch.set_num_threads(case.threads)
+        if "torch._dynamo" in sys.modules:  # importing the compiler only to reset it takes a second
+            torch.compiler.reset()
+        measure = {"time": _time_case, "memory": _memory_case, "peaks": _peaks_case}[case.kind]
+        for record in measure(case, plan):
+            records.append({**_condition(plan, case), **record})
+        if on_result is not None:
+            on_result(records)
+    return records
+
+
+def _condition(plan: Plan, case: Case) -> Record:
+    return {
+        "kind": case.kind,
+        "suite": case.suite,
+        "plan": plan.name,
+        "allocator": plan.allocator,
+        "threads": case.threads,
+        "device": plan.device,
+        "compiler": plan.compiler,
+    }
+
+
+def _peaks_case(case: Case, plan: Plan) -> list[Record]:
+    quick = case.budget.seconds < 1
+    return [{"status": "ok", **machine.measure_peaks(plan.device, case.threads, quick=quick)}]
+
+
+def _chosen(case: Case, plan: Plan) -> list[Contender]:
+    """The case's contenders that exist here; "fused" stands for every fused backend of the registry."""
+    known = contenders(plan.device)
+    names: dict[str, None] = {}
+    for name in case.contenders:
+        names.update(dict.fromkeys([n for n, c in known.items() if c.fused] if name == "fused" else [name]))
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"contenders must be from {', '.join(known)}; got {', '.join(missing)}")
+    return [known[name] for name in names]
+
+
+def _facts(case: Case, inputs: Inputs | None) -> Record:
+    assert case.workload is not None
+    facts = {"workload": vars(case.workload), "workload_name": case.workload.name, "mode": case.mode}
+    if inputs is not None:
+        facts["labels"] = vars(inputs.facts)
+    return facts
+
+
+def _time_case(case: Case, plan: Plan) -> list[Record]:
+    """Check every contender, then time those that are right in one interleaved run."""
+    assert case.workload is not None
+    inputs = make_inputs(case.workload, plan.device)
+    truth = oracle.cached_oracle(inputs, Path(plan.cache) if plan.cache else None)
+    records: dict[str, Record] = {}
+    steps: dict[str, timing.Step] = {}
+    for contender in _chosen(case, plan):
+        record = {**_facts(case, inputs), **_about(contender), "group": case.group(plan)}
+        records[contender.name] = record
+        reason = why_not_run(contender, inputs)
+        if reason:
+            record.update(status="skipped", reason=reason)
+            continue
+        progress(f"{plan.name}: {case.workload.name} {case.mode}: {contender.name}")
+        try:
+            step = _checked_step(contender, case, plan, inputs, truth, record)
+        except Exception as error:  # one contender's failure must not take the others' results with it
+            record.update(status="failed", reason=first_line(error), traceback=traceback.format_exc())
+            continue
+        if step is not None:
+            steps[contender.name] = step
+    for name, samples in timing.interleaved(steps, case.budget, device=plan.device, warmup=case.warmup).items():
+        records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
+    return list(records.values())
+
+
+def _about(contender: Contender) -> Record:
+    return {
+        "contender": contender.name,
+        "title": contender.title,
+        "family": contender.family,
+        "layout": contender.layout,
+        "fused": contender.fused,
+    }
+
+
+def _checked_step(
+    contender: Contender, case: Case, plan: Plan, inputs: Inputs, truth: oracle.Oracle, record: Record
+) -> timing.Step | None:
+    """The step to time, or None for a contender that is wrong; fills in what the check found."""
+    leaf = inputs.leaf(contender.layout)
+    function = contender.make(inputs, plan.compiler)
+    start = time.perf_counter()
+    result = oracle.check(function, leaf, inputs, truth, contender.checked_as)
+    record["first_call_seconds"] = time.perf_counter() - start  # for compiled contenders: the compilation
+    record["check"] = oracle.as_json(result)
+    if not result.ok:
+        record.update(status="wrong", reason=result.describe())
+        return None
+    if case.mode == "fwdbwd":
+        record["saved_bytes_per_pixel"] = _saved_per_pixel(function, leaf, inputs)
+    record["work"] = vars(work_of(inputs.workload, case.mode))
+    return timing.make_step(function, leaf, inputs.target, case.mode, inputs.workload.grad_scale)
+
+
+def _saved_per_pixel(function: LossFunction, leaf: Tensor, inputs: Inputs) -> float | None:
+    try:
+        return memory.saved_bytes(function, leaf, inputs) / inputs.workload.pixels
+    except RuntimeError:  # a compiler that cannot run under hooks
+        return None
+
+
+def why_not_run(contender: Contender, inputs: Inputs) -> str:
+    """Why a plain-PyTorch contender is left out: too large an estimate for this machine's memory."""
+    if contender.fused or contender.checked_as == "ce":
+        return ""
+    if inputs.logits.device.type == "cuda":
+        limit: float | None = 0.5 * torch.cuda.get_device_properties(0).total_memory
+    else:
+        total = machine.total_memory()
+        limit = None if total is None else 0.5 * total
+    need = activation_bytes(inputs.workload)
+    if limit is not None and need > limit:
+        return f"not run: too large (about {need / 2**30:.0f} GiB needed, {limit / 2**30:.0f} GiB allowed)"
+    return ""
+
+
+def _memory_case(case: Case, plan: Plan) -> list[Record]:
+    assert case.workload is not None
+    inputs = make_inputs(case.workload, plan.device)
+    records = []
+    for contender in _chosen(case, plan):
+        record = {**_facts(case, inputs), **_about(contender)}
+        records.append(record)
+        progress(f"{plan.name}: memory of {contender.name}")
+        reason = why_not_run(contender, inputs)
+        if reason:
+            record.update(status="skipped", reason=reason)
+            continue
+        try:
+            peak = memory.measure_peak(contender, inputs, plan.compiler)
+            function = contender.make(inputs, plan.compiler)
+            leaf = inputs.leaf(contender.layout)
+            record.update(status="ok", **vars(peak), saved_bytes_per_pixel=_saved_per_pixel(function, leaf, inputs))
+        except Exception as error:
+            record.update(status="failed", reason=first_line(error), traceback=traceback.format_exc())
+    return records
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def progress(text: str) -> None:
+    """Say on stderr what is being done; stdout belongs to results."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    """Replace the result file in one step."""
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(records), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; 0 also where a contender was wrong, which its record says."""
+    plan_path, result_path = (sys.argv[1:] if arguments is None else arguments)[:2]
+    plan = Plan.from_json(json.loads(Path(plan_path).read_text(encoding="utf-8")))
+    run_plan(plan, on_result=lambda records: write_records(Path(result_path), records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
