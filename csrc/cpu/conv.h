@@ -76,57 +76,59 @@ inline void transform_1d(const Conv& conv, const RowRef* rows, int x, int column
     }
 }
 
-// Columns outside the tile that its first and last pair need: transformed one by one.
+// The same of one column, each value in all lanes: a tile's first and last pair need one column beside the
+// tile.
 template <bool RELU>
-inline void transform_column(const float* const* r, std::ptrdiff_t x, float* to, std::ptrdiff_t step) {
-    float d[WINOGRAD_J];
-    for (int j = 0; j < WINOGRAD_J; ++j) d[j] = RELU && r[j][x] < 0.0f ? 0.0f : r[j][x];
-    const float p = WINOGRAD_P, q = WINOGRAD_Q;
-    const float even_q = d[4] - q * d[2], odd_q = d[3] - q * d[1], even_p = d[4] - p * d[2],
-                odd_p = d[3] - p * d[1];
-    const float t[WINOGRAD_J] = {p * (q * d[0] - d[2]) + even_q, even_q + WINOGRAD_A * odd_q,
-                                 even_q - WINOGRAD_A * odd_q,    even_p + WINOGRAD_B * odd_p,
-                                 even_p - WINOGRAD_B * odd_p,    p * (q * d[1] - d[3]) + (d[5] - q * d[3])};
-    for (int j = 0; j < WINOGRAD_J; ++j) to[j * step] = t[j];
+inline void column_to_winograd(const float* const* r, std::ptrdiff_t x, F* u) {
+    F d[WINOGRAD_J];
+    SEMEDA_UNROLL
+    for (int j = 0; j < WINOGRAD_J; ++j) d[j] = RELU ? vmax(set1(0.0f), set1(r[j][x])) : set1(r[j][x]);
+    rows_to_winograd(d, u);
 }
 
+// 2 VL columns from r[j] on: even ones and odd ones apart.
+template <bool RELU>
+inline void pairs_to_winograd(const float* const* r, std::ptrdiff_t x, F* even, F* odd) {
+    F d[WINOGRAD_J], a[WINOGRAD_J], b[WINOGRAD_J];
+    SEMEDA_UNROLL
+    for (int j = 0; j < WINOGRAD_J; ++j) d[j] = load_input<RELU>(r[j] + x);
+    rows_to_winograd(d, a);
+    SEMEDA_UNROLL
+    for (int j = 0; j < WINOGRAD_J; ++j) d[j] = load_input<RELU>(r[j] + x + VL);
+    rows_to_winograd(d, b);
+    SEMEDA_UNROLL
+    for (int j = 0; j < WINOGRAD_J; ++j) deinterleave(a[j], b[j], even[j], odd[j]);
+}
+
+// B^T of F(2,3) along the columns: lane i sees columns 2i - 1, 2i, 2i + 1, 2i + 2 of the tile.
 template <bool RELU>
 inline void transform_2d(const Conv& conv, const RowRef* rows, int x, int columns, float* u,
                          std::ptrdiff_t pitch) {
-    constexpr int SIDE = 16, LANES = SIDE + TILE_2D_UNITS * UNIT / 2 + SIDE;
-    float even[WINOGRAD_J][LANES], odd[WINOGRAD_J][LANES];  // columns x + 2i and x + 2i + 1 at SIDE + i
     const int vectors = (columns / 2 + VL - 1) / VL;
     const std::ptrdiff_t group = conv.depth * pitch;
     for (int c = 0; c < conv.in; ++c) {
         const float* r[WINOGRAD_J];
         for (int j = 0; j < WINOGRAD_J; ++j) r[j] = rows[j].p + c * rows[j].pitch + x;
-        transform_column<RELU>(r, -1, &odd[0][SIDE - 1], LANES);
-        transform_column<RELU>(r, 2 * vectors * VL, &even[0][SIDE + vectors * VL], LANES);
+        F before[WINOGRAD_J], even[WINOGRAD_J], odd[WINOGRAD_J];
+        column_to_winograd<RELU>(r, -1, before);
+        pairs_to_winograd<RELU>(r, 0, even, odd);
         for (int v = 0; v < vectors; ++v) {
-            F d[WINOGRAD_J], a[WINOGRAD_J], b[WINOGRAD_J];
-            SEMEDA_UNROLL
-            for (int j = 0; j < WINOGRAD_J; ++j) d[j] = load_input<RELU>(r[j] + 2 * v * VL);
-            rows_to_winograd(d, a);
-            SEMEDA_UNROLL
-            for (int j = 0; j < WINOGRAD_J; ++j) d[j] = load_input<RELU>(r[j] + (2 * v + 1) * VL);
-            rows_to_winograd(d, b);
-            SEMEDA_UNROLL
-            for (int j = 0; j < WINOGRAD_J; ++j) {
-                F e, o;
-                deinterleave(a[j], b[j], e, o);
-                store(&even[j][SIDE + v * VL], e);
-                store(&odd[j][SIDE + v * VL], o);
+            F next_even[WINOGRAD_J], next_odd[WINOGRAD_J];
+            if (v + 1 < vectors) {
+                pairs_to_winograd<RELU>(r, 2 * (v + 1) * VL, next_even, next_odd);
+            } else {
+                column_to_winograd<RELU>(r, 2 * vectors * VL, next_even);
             }
-        }
-        for (int j = 0; j < WINOGRAD_J; ++j) {
-            float* to = u + c * pitch + 4 * j * group;
-            for (int v = 0; v < vectors; ++v, to += VL) {
-                const float *e = &even[j][SIDE + v * VL], *o = &odd[j][SIDE + v * VL];
-                const F d1 = load(e), d2 = load(o);
-                store(to, load(o - 1) - d2);
-                store(to + group, d1 + d2);
-                store(to + 2 * group, d2 - d1);
-                store(to + 3 * group, d1 - load(e + 1));
+            float* to = u + c * pitch + v * VL;
+            SEMEDA_UNROLL
+            for (int j = 0; j < WINOGRAD_J; ++j, to += 4 * group) {
+                store(to, shift_up(before[j], odd[j]) - odd[j]);
+                store(to + group, even[j] + odd[j]);
+                store(to + 2 * group, odd[j] - even[j]);
+                store(to + 3 * group, even[j] - shift_down(even[j], next_even[j]));
+                before[j] = odd[j];
+                even[j] = next_even[j];
+                if (v + 1 < vectors) odd[j] = next_odd[j];
             }
         }
     }

@@ -292,20 +292,19 @@ class ForwardTask {
         if (q) read_soft_target(p_, win_, y, 0, win_.width, q, plan_.pitch, row);
         forward_row(p_, cw_, row, win_.units, win_.width, e, plan_.pitch, q, s_.ce);
         if (!owned(y)) return;
-        RowSums sums;
         const int begin = win_.own_begin * UNIT, end = begin + win_.own_width;
-        for (int x = begin; x < end; ++x) {
-            sums.ce += s_.ce[x];
-            if (row.valid[x] == 0.0f) continue;
-            ++sums.valid;
-            sums.bad += row.bad[x];
-            sums.weight += p_.soft ? 1.0 : cw_.of(row.label[x]);
+        const double valid = add_row(row.valid);
+        double weight = valid, bad = 0;
+        if (p_.class_weight && !p_.soft) {
+            weight = 0;
+            for (int x = begin; x < end; ++x) weight += row.valid[x] > 0.0f ? cw_.of(row.label[x]) : 0.0f;
         }
+        for (int x = begin; row.any_bad && x < end; ++x) bad += row.bad[x];
         double* to = sums_of(y);
-        to[SUM_CE] = sums.ce;
-        to[SUM_CE_WEIGHT] = sums.weight;
-        to[SUM_VALID] = static_cast<double>(sums.valid);
-        to[SUM_BAD] = static_cast<double>(sums.bad);
+        to[SUM_CE] = add_row(s_.ce);
+        to[SUM_CE_WEIGHT] = weight;
+        to[SUM_VALID] = valid;
+        to[SUM_BAD] = bad;
         if (p_.ce_map) {
             float* map = p_.ce_map + (win_.n * p_.h + y) * p_.w + win_.xa;
             for (int x = begin; x < end; ++x) map[x] = s_.ce[x];
@@ -472,6 +471,14 @@ class ForwardTask {
             if (!LAST) clean_tail(s_.b[l].row(y + r), layer.out);
             if (owned(y + r)) add_up(l, y + r, s_.sums[r]);
         }
+    }
+
+    // The sum of a row's owned pixels; whatever lies behind them in the last unit is 0.
+    double add_row(const float* row) const {
+        F16 total = splat(0.0f);
+        for (int unit = win_.own_begin; unit < win_.own_end; ++unit)
+            total = total + load16(row + unit * UNIT);
+        return sum_lanes(total);
     }
 
     void add_up(int l, std::int64_t y, const float* sum) {

@@ -136,11 +136,6 @@ struct ClassWeights {
     float of(int c) const { return u ? u[c] : 1.0f; }
 };
 
-struct RowSums {
-    double ce = 0, weight = 0;
-    std::int64_t valid = 0, bad = 0;
-};
-
 // One row forward: z (logits, in) becomes p - q (out). ce [width] gets the cross-entropy map.
 inline void forward_row(const LossParams& p, const ClassWeights& cw, const LabelRow& row, int units,
                         int width, float* z, std::ptrdiff_t pitch, const float* q, float* ce) {

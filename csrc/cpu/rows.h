@@ -155,26 +155,29 @@ inline void write_floats(const View& view, std::int64_t n, std::int64_t y, std::
 
 // Labels as int16: a class, or `classes` for void. `bad` gets 1 where a valid pixel's label is no class (it
 // then counts as class 0, so that nothing is read out of bounds), else 0. Returns whether there was one.
-template <class T>
+template <bool DENSE, class T>
 inline bool read_label_row(const T* from, std::int64_t stride, int width, int classes,
                            std::int64_t ignore_index, std::int16_t* labels, std::uint8_t* bad) {
-    bool any = false;
+    std::uint8_t any = 0;
     for (int x = 0; x < width; ++x) {
-        const std::int64_t label = static_cast<std::int64_t>(from[x * stride]);
+        const std::int64_t label = static_cast<std::int64_t>(from[DENSE ? x : x * stride]);
         const bool is_void = label == ignore_index;
-        const bool is_bad = !is_void && (label < 0 || label >= classes);
-        labels[x] = static_cast<std::int16_t>(is_void ? classes : is_bad ? 0 : label);
+        const bool is_class = static_cast<std::uint64_t>(label) < static_cast<std::uint64_t>(classes);
+        const std::uint8_t is_bad = !is_void & !is_class;
+        labels[x] = static_cast<std::int16_t>(is_void ? classes : is_class ? label : 0);
         bad[x] = is_bad;
         any |= is_bad;
     }
-    return any;
+    return any != 0;
 }
 
 inline bool read_labels(const View& view, std::int64_t n, std::int64_t y, std::int64_t x, int width,
                         int classes, std::int64_t ignore_index, std::int16_t* labels, std::uint8_t* bad) {
     const std::int64_t offset = offset_of(view, n, y, x), stride = view.stride[3];
     const auto row = [&](auto* base) {
-        return read_label_row(base + offset, stride, width, classes, ignore_index, labels, bad);
+        return stride == 1
+                   ? read_label_row<true>(base + offset, stride, width, classes, ignore_index, labels, bad)
+                   : read_label_row<false>(base + offset, stride, width, classes, ignore_index, labels, bad);
     };
     switch (view.dtype) {
         case DType::u8:

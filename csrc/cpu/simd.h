@@ -42,6 +42,14 @@ inline void split(F x, F& mantissa, F& exponent) {
     exponent.v = _mm512_getexp_ps(x.v);
 }
 inline float sum_lanes(F a) { return _mm512_reduce_add_ps(a.v); }
+// Lane i gets lane i - 1 of b, the first one the last lane of a.
+inline F shift_up(F a, F b) {
+    return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), 15))};
+}
+// Lane i gets lane i + 1 of a, the last one the first lane of b.
+inline F shift_down(F a, F b) {
+    return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), 1))};
+}
 inline void deinterleave(F a, F b, F& even, F& odd) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     even.v = _mm512_permutex2var_ps(a.v, evens, b.v);
@@ -99,6 +107,14 @@ inline float sum_lanes(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline F shift_up(F a, F b) {
+    const __m256i turn = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
+    return {_mm256_blend_ps(_mm256_permutevar8x32_ps(b.v, turn), _mm256_permutevar8x32_ps(a.v, turn), 1)};
+}
+inline F shift_down(F a, F b) {
+    const __m256i turn = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0);
+    return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, turn), _mm256_permutevar8x32_ps(b.v, turn), 128)};
 }
 inline __m256 quarters_0213(__m256 a) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), _MM_SHUFFLE(3, 1, 2, 0)));
@@ -225,6 +241,12 @@ inline void split(F x, F& mantissa, F& exponent) {
     }
 }
 inline float sum_lanes(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline F shift_up(F a, F b) {
+    return each([&](int i) { return i ? b.v[i ? i - 1 : 0] : a.v[VL - 1]; });
+}
+inline F shift_down(F a, F b) {
+    return each([&](int i) { return i + 1 < VL ? a.v[i + 1 < VL ? i + 1 : 0] : b.v[0]; });
+}
 inline void deinterleave(F a, F b, F& even, F& odd) {
     for (int i = 0; i < VL; ++i) {
         even.v[i] = 2 * i < VL ? a.v[2 * i] : b.v[2 * i - VL];
