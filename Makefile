@@ -14,10 +14,10 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo lint format clean
+.PHONY: help test sanitize demo bench bench-full lint format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) PYTEST_ARGS=..."
 	@echo "  make demo IMAGES=folder MASKS=folder [NUM_CLASSES=n] [IGNORE_INDEX=n] runs on your own data"
@@ -26,10 +26,20 @@ help:  ## Show this list
 test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(PYTEST_ARGS)
 
+# CXX=clang++ builds with another compiler.
+sanitize: $(VENV)/.stamp-python  ## Run the CPU kernels on odd shapes under the address and undefined-behaviour sanitizers
+	$(if $(filter default,$(origin CXX)),,CXX="$(CXX)") $(BIN)/python csrc/tests/sanitize.py
+
 demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes, print a table, draw a picture
 	$(BIN)/python examples/demo.py \
 	  $(if $(IMAGES),--images "$(IMAGES)") $(if $(MASKS),--masks "$(MASKS)") \
 	  $(if $(NUM_CLASSES),--num-classes $(NUM_CLASSES)) $(if $(IGNORE_INDEX),--ignore-index $(IGNORE_INDEX))
+
+bench: $(VENV)/.stamp-dev  ## Measure the quick set (under 5 minutes on 2 cores); report and plots in build/bench/quick
+	$(BIN)/python -m benchmarks run --quick $(BENCH_ARGS)
+
+bench-full: $(VENV)/.stamp-dev  ## Measure everything (hours); report and plots in build/bench/full
+	$(BIN)/python -m benchmarks run --full $(BENCH_ARGS)
 
 lint: $(VENV)/.stamp-dev  ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -45,7 +55,7 @@ format: $(VENV)/.stamp-dev  ## Rewrite the sources in the project's format
 clean:  ## Remove what was built, and caches; the environment and results stay
 	rm -rf build dist *.egg-info semeda_fast/_C.*.so semeda_fast/_C.*.pyd
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find semeda_fast kernels tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find semeda_fast kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. A stamp is written last, so an interrupted install is taken up again.
 $(VENV)/.stamp-python:

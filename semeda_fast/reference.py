@@ -100,12 +100,16 @@ def validity(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpe
 
 def not_ignored(target: Tensor, ignore_index: int) -> Tensor:
     """target != ignore_index, true everywhere where the labels' dtype cannot hold ignore_index."""
-    if target.dtype != torch.bool:
-        limits = torch.iinfo(target.dtype)
-        if limits.min <= ignore_index <= limits.max:
-            return target != ignore_index
+    low, high = (0, 1) if target.dtype == torch.bool else _limits(target.dtype)
+    if low <= ignore_index <= high:
+        return target != ignore_index
     # Compared as they are, uint8 labels would wrap -100 to 156 and lose class 156.
     return torch.ones_like(target, dtype=torch.bool)
+
+
+def _limits(dtype: torch.dtype) -> tuple[int, int]:
+    limits = torch.iinfo(dtype)
+    return limits.min, limits.max
 
 
 def cross_entropy_map(

@@ -60,12 +60,10 @@ const Kernels& kernels() {
 // OpenMP's worker threads do not live on in a forked child, and waiting for them would hang there.
 std::atomic<bool> forked{false};
 
-void watch_forks() {
+// At load time: torch may have started the worker threads before any call of ours.
 #if defined(SEMEDA_FAST_FORKS)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-    static_cast<void>(registered);
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 #endif
-}
 
 // Scratch of this thread, kept from call to call so that no call faults its pages in anew.
 PlanMemory& scratch_of_thread() {
@@ -74,7 +72,7 @@ PlanMemory& scratch_of_thread() {
 }
 
 struct CallMemory {
-    PlanMemory weights, sums;
+    PlanMemory forward_weights, backward_weights, sums;
 };
 CallMemory& memory_of_caller() {
     thread_local CallMemory memory;
@@ -84,7 +82,6 @@ CallMemory& memory_of_caller() {
 // task(i, scratch) for i in [0, tasks), in any order, on up to `threads` threads.
 template <class Task>
 void run_tasks(std::int64_t tasks, int threads, std::size_t scratch_bytes, const Task& task) {
-    watch_forks();
     const std::size_t floats = scratch_bytes / sizeof(float) + 1;
     const int team =
         forked.load() ? 1 : static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), tasks));
@@ -172,7 +169,7 @@ const char* const* built_instruction_sets() {
 void forward(const LossParams& p) {
     const Kernels& k = kernels();
     CallMemory& memory = memory_of_caller();
-    const Plan plan = make_plan(p, false, k.max_block, memory.weights);
+    const Plan plan = make_plan(p, false, k.max_block, memory.forward_weights);
     ask_for_huge_pages(p.codes, p.n * p.h * code_bytes_per_row(p));
     ask_for_huge_pages(p.saved_d, p.n * p.h * saved_floats_per_row(p) * 4);
     const int width = SUM_LAYERS + p.layers;
@@ -201,7 +198,7 @@ void forward(const LossParams& p) {
 
 void backward(const LossParams& p) {
     const Kernels& k = kernels();
-    const Plan plan = make_plan(p, true, k.max_block, memory_of_caller().weights);
+    const Plan plan = make_plan(p, true, k.max_block, memory_of_caller().backward_weights);
     ask_for_huge_pages(p.d_logits.data, gradient_bytes(p));
     run_tasks(plan.tasks, p.threads, k.backward_scratch(plan),
               [&](std::int64_t task, void* scratch) { k.backward_task(plan, task, scratch); });

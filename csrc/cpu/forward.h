@@ -493,6 +493,9 @@ class ForwardTask {
             const float term = sum[x] * p_.layer[l].coefficient;
             map[x] = l == 0 ? term : map[x] + term;
         }
+        for (int x = begin; labels(y).any_bad && x < end; ++x) {
+            if (labels(y).bad[x]) map[x] = std::numeric_limits<float>::quiet_NaN();
+        }
     }
 
     const Plan& plan_;

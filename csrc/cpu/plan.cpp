@@ -155,7 +155,7 @@ constexpr std::int64_t RING_BYTES = 8 << 20;
 constexpr int WINOGRAD_2D_FROM = 8;
 constexpr std::int64_t MIN_STRIP = 128, MAX_STRIP = 2048;
 constexpr std::int64_t TASKS_WANTED = 16;
-constexpr std::int64_t MIN_CHUNK = 16, MAX_CHUNK = 64;
+constexpr std::int64_t MIN_CHUNK = 32, MAX_CHUNK = 64;
 
 void cut(const LossParams& p, Plan& plan) {
     std::int64_t floats = static_cast<std::int64_t>(p.classes) * (BLOCK_ROWS + 2 * (p.layer[0].ksize / 2));
@@ -196,18 +196,24 @@ void lay_out_codes(const LossParams& p, Plan& plan) {
 
 }  // namespace
 
-PlanMemory::~PlanMemory() {
+namespace {
+
+void free_aligned(void* data) {
 #if defined(_MSC_VER)
-    _aligned_free(data_);
+    _aligned_free(data);
 #else
-    std::free(data_);
+    std::free(data);
 #endif
 }
+
+}  // namespace
+
+PlanMemory::~PlanMemory() { free_aligned(data_); }
 
 float* PlanMemory::floats(std::size_t count) {
     const std::size_t bytes = (count * sizeof(float) + LINE - 1) / LINE * LINE;
     if (bytes > size_) {
-        this->~PlanMemory();
+        free_aligned(data_);
         data_ = nullptr;
         size_ = 0;
 #if defined(_MSC_VER)
@@ -220,6 +226,37 @@ float* PlanMemory::floats(std::size_t count) {
     }
     return data_;
 }
+
+bool PlanMemory::is_known(const std::vector<char>& key) {
+    if (key == key_) return true;
+    key_ = key;
+    return false;
+}
+
+namespace {
+
+// All that packed weights and tables depend on: every weight, not its address, which may be another proxy's
+// by now.
+std::vector<char> key_of(const LossParams& p, int max_block) {
+    std::vector<char> key;
+    const auto add = [&](const void* data, std::size_t bytes) {
+        const char* from = static_cast<const char*>(data);
+        key.insert(key.end(), from, from + bytes);
+    };
+    const int head[] = {max_block, p.layers, p.classes, static_cast<int>(p.tap), static_cast<int>(p.soft)};
+    add(head, sizeof(head));
+    for (int l = 0; l < p.layers; ++l) {
+        const Layer& layer = p.layer[l];
+        const int shape[] = {layer.in, layer.out, layer.ksize};
+        add(shape, sizeof(shape));
+        const std::size_t taps = static_cast<std::size_t>(layer.ksize) * layer.ksize;
+        add(layer.weight, sizeof(float) * taps * layer.in * layer.out);
+        add(layer.bias, sizeof(float) * layer.out);
+    }
+    return key;
+}
+
+}  // namespace
 
 Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& memory) {
     Plan plan;
@@ -263,8 +300,9 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
     }
     char* base = reinterpret_cast<char*>(memory.floats(count.used / sizeof(float) + LINE));
     float* packed = reinterpret_cast<float*>(base);
+    const bool known = memory.is_known(key_of(p, max_block));
     const auto pack_next = [&](Conv& conv, int l) {
-        pack(conv, p.layer[l].weight, backward, packed);
+        if (!known) pack(conv, p.layer[l].weight, backward, packed);
         conv.packed = packed;
         packed += packed_floats(conv);
     };
@@ -282,11 +320,11 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
     }
     if (tables) {
         float* columns = reinterpret_cast<float*>(base + columns_at);
-        fill_columns(p.layer[0], p.classes, plan.columns_width, columns);
+        if (!known) fill_columns(p.layer[0], p.classes, plan.columns_width, columns);
         plan.columns = columns;
         for (int l = 0; l < plan.target_layers; ++l) {
             float* table = reinterpret_cast<float*>(base + table_at[l]);
-            fill_table(p.layer[l], p.classes, l ? plan.table[l - 1] : nullptr, table);
+            if (!known) fill_table(p.layer[l], p.classes, l ? plan.table[l - 1] : nullptr, table);
             plan.table[l] = table;
         }
     }

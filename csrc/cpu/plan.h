@@ -9,6 +9,8 @@
 // the layer before, so a task's activations stay in cache whatever the image's height.
 #pragma once
 
+#include <vector>
+
 #include "params.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -107,10 +109,13 @@ class PlanMemory {
     PlanMemory(const PlanMemory&) = delete;
     PlanMemory& operator=(const PlanMemory&) = delete;
     ~PlanMemory();
-    // At least `count` floats on a cache line, of undefined content.
+    // At least `count` floats on a cache line; the same as before, content too, unless it has to grow.
     float* floats(std::size_t count);
+    // Whether the last key was this one, byte for byte; it is remembered from now on.
+    bool is_known(const std::vector<char>& key);
 
   private:
+    std::vector<char> key_;
     float* data_ = nullptr;
     std::size_t size_ = 0;
 };

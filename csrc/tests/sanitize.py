@@ -1,0 +1,76 @@
+"""Build csrc/tests/sanitize.cpp with the CPU kernels under the address and undefined-behaviour sanitizers, and run it.
+
+    python csrc/tests/sanitize.py [--source FOLDER] [--build FOLDER] [PART OF A CASE'S DESCRIPTION]
+
+Flags of the instruction sets are setup.py's; one that the compiler or the target does not take leaves its kernels
+out, as in an install. CXX names the compiler (default g++, else clang++). Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Undefined behaviour traps, which takes half as long to compile as a message; the trap's stack names the line.
+SANITIZE = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZE += ["-fno-sanitize-recover=all", "-fsanitize-undefined-trap-on-error", "-ffp-contract=fast", "-w"]
+
+
+def instruction_set_flags(setup: Path) -> dict[str, list[str]]:
+    """INSTRUCTION_SETS of setup.py, which cannot be imported: file name -> flags of GCC and Clang."""
+    for node in ast.parse(setup.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INSTRUCTION_SETS":
+            sets = ast.literal_eval(node.value)
+            return {Path(source).name: flags["unix"] for source, flags in sets.items()}
+    sys.exit(f"{setup} assigns no literal INSTRUCTION_SETS; tell {Path(__file__).name} where the flags are now")
+
+
+def compile_one(compiler: list[str], source: Path, flags: list[str], folder: Path) -> Path:
+    """The object file of one source; without `flags` where the compiler or the target refuses them."""
+    made = folder / f"{source.stem}.o"
+    for extra in (flags, []) if flags else ([],):
+        command = [*compiler, *SANITIZE, *extra, "-fopenmp", "-c", str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            print(done.stderr, end="", file=sys.stderr)
+            return made
+        if extra:
+            print(f"{source.name}: built without {' '.join(extra)}", file=sys.stderr)
+    sys.exit(f"{source} does not compile:\n{shlex.join(command)}\n{done.stderr}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", help="run only the cases whose description holds this")
+    parser.add_argument("--source", type=Path, default=ROOT, help="the repository, or a copy with a fault in it")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "sanitize", help="where object files go")
+    options = parser.parse_args()
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+    if not compiler[0]:
+        sys.exit("make sanitize needs g++ or clang++; install one, or name it with CXX=...")
+    options.build.mkdir(parents=True, exist_ok=True)
+    flags = instruction_set_flags(options.source / "setup.py")
+    # The slowest to compile first, so that two processors end together.
+    sources = sorted((options.source / "csrc" / "cpu").glob("*.cpp"), key=lambda path: "kernels" not in path.name)
+    sources.insert(0, options.source / "csrc" / "tests" / "sanitize.cpp")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = pool.map(lambda s: compile_one(compiler, s, flags.get(s.name, []), options.build), sources)
+        program = options.build / "sanitize"
+        link = [*compiler, *SANITIZE, "-fopenmp", *map(str, objects), "-o", str(program)]
+    subprocess.run(link, check=True)
+    environment = {"ASAN_OPTIONS": "handle_sigill=1:detect_stack_use_after_return=1"}
+    arguments = [options.part] if options.part else []
+    done = subprocess.run([program, *arguments], env=environment | dict(os.environ))
+    sys.exit(done.returncode and f"sanitize: the program ended with status {done.returncode}")
+
+
+if __name__ == "__main__":
+    main()
