@@ -1,20 +1,22 @@
 // "Same" convolution of a block of rows, a tile of columns at a time, in one of three schemes (Conv::scheme):
 //
-//   winograd_2d   3x3, four rows: F(4,3) down the rows, F(2,3) along them; 24 products for 8 outputs instead
-//   of 72 winograd_1d   3x3, four rows: F(4,3) down the rows alone; 18 products for 4 outputs instead of 36
+//   winograd_2d   3x3, four rows: F(4,3) down the rows, F(2,3) along them: 24 products for 8 outputs, not 72
+//   winograd_1d   3x3, four rows: F(4,3) down the rows alone: 18 products for 4 outputs, not 36
 //   plain         any odd kernel, one row
 //
-//   input   RowRef [R + k - 1]: planar rows, channel c of a row at p + c * pitch, column 0 first, zeros
-//   beside it U       [group][depth][u_pitch]: the tile's input, transformed. Lanes are columns from x - pad
-//   on; in 2d they are
-//           pairs of columns (2i, 2i + 1) from x on
+//   input   RowRef [R + k - 1]: planar rows, channel c at p + c * pitch, column 0 first, zeros beside it
+//   U       [group][depth][u_pitch]: the tile's input, transformed; lanes are columns from x - pad on
+//           (2d: pairs of columns 2i, 2i + 1 from x on)
 //   M       [group][channels of a block][m_pitch]: products, before the output transform
-//   Y       [channels of a block][rows][columns of two units]: only 2d, back in the order of columns
+//   Y       [channels of a block][rows][columns of two units]: 2d alone, back in the order of columns
 //   packed  [block][group][depth][kernel columns][channels of the block]
 //
-// 1. transform the input tile; per block of output channels: 2. multiply, in registers  3. transform back and
-// hand each output to the epilogue. Formulas: Lavin and Gray, arXiv 1509.09308, points 0, +-1, +-2 and 0,
-// +-1. No include guard: see simd.h.
+// Phases:
+//   1. transform the input tile
+//   2. per block of output channels: multiply, in registers
+//   3. transform back and hand each output to the epilogue
+//
+// Formulas: Lavin and Gray, arXiv 1509.09308. No include guard: see simd.h.
 
 struct RowRef {
     const float* p;
@@ -271,6 +273,15 @@ inline void transform_back(const Conv& conv, const ConvScratch& s, std::ptrdiff_
     }
 }
 
+// The next tile when `left` units are left: all tiles of about one size, or the last would fill few
+// registers.
+inline int units_of_tile(int left, int most, bool pairs) {
+    const int tiles = (left + most - 1) / most;
+    int units = (left + tiles - 1) / tiles;
+    if (pairs) units += units % 2;  // two units fill a vector of pairs
+    return units < left ? units : left;
+}
+
 // Columns [unit_begin, unit_end) of the rows: `rows` are the k - 1 + R input rows from pad above the first
 // output. For each block of channels and each unit: epilogue.unit(unit, whether the block is the first)
 // prepares 16 pixels, epilogue.put(k, values[R]) takes channel k there, epilogue.done() ends it.
@@ -280,8 +291,8 @@ inline void convolve(const Conv& conv, const RowRef* rows, int unit_begin, int u
     const bool pairs = conv.scheme == Scheme::winograd_2d;
     const std::ptrdiff_t u_pitch = lane_pitch(conv), m_pitch = conv.tile_units * UNIT / (pairs ? 2 : 1);
     const int kernel_columns = pairs ? 1 : conv.ksize;
-    for (int begin = unit_begin; begin < unit_end; begin += conv.tile_units) {
-        const int units = unit_end - begin < conv.tile_units ? unit_end - begin : conv.tile_units;
+    for (int begin = unit_begin, units = 0; begin < unit_end; begin += units) {
+        units = units_of_tile(unit_end - begin, conv.tile_units, pairs);
         const int columns = units * UNIT, lanes = pairs ? columns / 2 : columns;
         if (pairs) {
             transform_2d<RELU>(conv, rows, begin * UNIT, columns, s.u, u_pitch);

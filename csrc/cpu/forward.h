@@ -2,79 +2,23 @@
 //
 // The difference of the two branches travels through the network instead of the prediction itself:
 //
-//     e = p - q;   d_1 = conv_1(e);   t_l(p) = t_l(q) + d_l;   b_l = relu(t_l(p)) - relu(t_l(q));   d_{l+1} =
-//     conv_{l+1}(b_l)
+//     e = p - q              d_1 = conv_1(e)             t_l(p) = t_l(q) + d_l
+//     b_l = relu(t_l(p)) - relu(t_l(q))                  d_{l+1} = conv_{l+1}(b_l)
 //
-// which is (1) to (3) of kernels/README.md without their cancellation: where prediction and target are equal,
-// every difference is exactly zero. It needs t_l(q) of the hidden layers alone (of all with tap "post");
+// which is (1') of kernels/README.md. It needs t_l(q) of the hidden layers alone (of all with tap "post");
 // inside a region of one class that is a row of plan.table, so only the surroundings of label edges are
 // computed.
 //
-// Rings (rows of the region, planar, `pitch` floats a channel; a row's slot is its number modulo the ring's
-// rows):
-//   e [BLOCK_ROWS + 2 pad_1][C]   b_l [BLOCK_ROWS + 2 pad_{l+1}][K_l]   tq_l likewise, values before the ReLU
-//   labels [BLOCK_ROWS + 2 reach_L]
-// Phases of a step: 1. rows of e and labels  2. per layer: rows of tq_l  3. rows of d_l, distance, codes,
-// b_l. No include guard: see simd.h.
-
-struct Ring {
-    float* base = nullptr;
-    int rows = 1, channels = 0;
-    std::ptrdiff_t pitch = 0;
-    float* row(std::int64_t y) const { return base + (y % rows) * channels * pitch; }
-};
-
-template <class Epilogue>
-inline void convolve_relu(bool relu_first, const Conv& conv, const RowRef* rows, int begin, int end,
-                          const ConvScratch& scratch, Epilogue& epilogue) {
-    if (relu_first) {
-        convolve<true>(conv, rows, begin, end, scratch, epilogue);
-    } else {
-        convolve<false>(conv, rows, begin, end, scratch, epilogue);
-    }
-}
-
-// Room for the tiles of any of these convolutions.
-struct ConvNeeds {
-    std::size_t u = 0, m = 0;
-    int tallest = 0;
-    void cover(const Conv& conv) {
-        u = u > floats_of_u(conv) ? u : floats_of_u(conv);
-        m = m > floats_of_m(conv) ? m : floats_of_m(conv);
-        tallest = tallest > conv.ksize ? tallest : conv.ksize;
-    }
-    ConvScratch take(Arena& arena) const {
-        return {arena.take<float>(u), arena.take<float>(m), arena.take<float>(FLOATS_OF_Y)};
-    }
-};
-
-// The input rows of a block of `rows` outputs from row y on; rows outside the image are zero, and so are
-// those that only the outputs beyond `rows` would read, since the ring holds other rows in their place.
-inline void input_rows(const Conv& conv, const Ring& ring, std::int64_t y, int rows, std::int64_t height,
-                       const float* zeros, RowRef* out) {
-    y -= conv.pad;
-    const int count = (conv.scheme != Scheme::plain ? BLOCK_ROWS : 1) + 2 * conv.pad,
-              known = rows + 2 * conv.pad;
-    for (int i = 0; i < count; ++i) {
-        const bool inside = i < known && y + i >= 0 && y + i < height;
-        out[i] = inside ? RowRef{ring.row(y + i), ring.pitch} : RowRef{zeros, 0};
-    }
-}
-
-inline Ring take_ring(Arena& arena, const Plan& plan, int rows, int channels) {
-    Ring ring{nullptr, rows, channels, plan.pitch};
-    float* base = arena.take<float>(static_cast<std::size_t>(rows) * channels * plan.pitch);
-    ring.base = base ? base + plan.margin : nullptr;
-    return ring;
-}
-
-inline float* take_row(Arena& arena, const Plan& plan, int channels = 1) {
-    return take_ring(arena, plan, 1, channels).base;
-}
-
-inline int next_pad(const LossParams& p, int layer) {
-    return layer + 1 < p.layers ? p.layer[layer + 1].ksize / 2 : 0;
-}
+// Rings (rings.h; rows of the region, planar, `pitch` floats a channel):
+//   e [BLOCK_ROWS + 2 pad_1][C]             b_l [BLOCK_ROWS + 2 pad_{l+1}][K_l]
+//   labels [BLOCK_ROWS + 2 reach_L]         tq_l like b_l, values before the ReLU
+//
+// Phases of a step:
+//   1. rows of e and labels
+//   2. per layer: rows of tq_l
+//   3. per layer: rows of d_l, distance, codes, b_l
+//
+// No include guard: see simd.h.
 
 struct ForwardScratch {
     Ring e, q, b[MAX_LAYERS], tq[MAX_LAYERS];

@@ -30,6 +30,7 @@ namespace SEMEDA_ISA {
 #include "rows.h"
 #include "pixels.h"
 #include "conv.h"
+#include "rings.h"
 #include "forward.h"
 #include "backward.h"
 // clang-format on
