@@ -343,7 +343,7 @@ def test_pytest_benchmark_gets_the_interleaved_samples(tmp_path: Path) -> None:
     assert len({b["stats"]["rounds"] for b in found.values()}) == 1
     info = found["ce"]["extra_info"]
     value, low, high = info["reference eager / this"]
-    assert low <= value <= high
+    assert 0 < low <= high  # of few rounds; the interval need not hold the ratio of the medians itself
     best = min(found[name]["stats"]["median"] for name in ("reference", "reference_cl"))
     assert value == pytest.approx(best / found["ce"]["stats"]["median"])
     assert 0 < info["edge_share"] < 1
