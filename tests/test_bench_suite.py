@@ -308,10 +308,12 @@ def test_a_worker_that_fails_is_a_failed_plan_and_not_the_end(tmp_path: Path) ->
 
 def run_pytest(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     options = ["-p", "no:cacheprovider", "-o", "addopts=", "-q", *arguments]
+    # A run inside a worker of pytest-xdist would take itself for one, and then measures nothing.
+    inherited = {name: value for name, value in environment(folder).items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options],
         cwd=ROOT,
-        env=environment(folder),
+        env=inherited,
         capture_output=True,
         text=True,
         timeout=200,
@@ -343,7 +345,7 @@ def test_pytest_benchmark_gets_the_interleaved_samples(tmp_path: Path) -> None:
     assert len({b["stats"]["rounds"] for b in found.values()}) == 1
     info = found["ce"]["extra_info"]
     value, low, high = info["reference eager / this"]
-    assert 0 < low <= high  # of few rounds; the interval need not hold the ratio of the medians itself
+    assert low <= value <= high
     best = min(found[name]["stats"]["median"] for name in ("reference", "reference_cl"))
     assert value == pytest.approx(best / found["ce"]["stats"]["median"])
     assert 0 < info["edge_share"] < 1

@@ -375,10 +375,12 @@ def test_native_info_explains_a_module_that_does_not_load(monkeypatch: pytest.Mo
     monkeypatch.setattr(native.importlib, "import_module", broken)
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
     native._load.cache_clear()
+    native.native_info.cache_clear()
     try:
         info = native_info()
     finally:
         native._load.cache_clear()
+        native.native_info.cache_clear()
     assert not info.available
     assert "undefined symbol" in info.reason
     assert "again" in info.reason
