@@ -157,7 +157,7 @@ def _smoke(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> lis
 def _quick(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> list[Plan]:
     """The headline in fp32 and bf16 under both allocators, memory, and a short scaling."""
     half = HEADLINE.replace(dtype="bfloat16")
-    seconds = {"default": 24.0, "tuned": 14.0}
+    seconds = {"default": 12.0, "tuned": 8.0}
     plans = [Plan("machine", (_peaks(threads, 1.0),))]
     for allocator in allocators:
         budget = Budget(seconds[allocator], 5, 60)

@@ -1,4 +1,4 @@
-"""The groups that `pytest benchmarks/` measures, about three minutes in all on two cores."""
+"""The groups that `pytest benchmarks/` measures, about five minutes in all on two cores."""
 
 from __future__ import annotations
 

@@ -17,11 +17,9 @@ from .errors import BackendUnavailableError
 from .proxy.network import why_not_fused
 from .spec import LossSpec, LossTerms
 
-# (logits, target, valid, class_weight, weights, biases, spec) -> terms, differentiable in the logits
-RunFunction = Callable[
-    [Tensor, Tensor, "Tensor | None", "Tensor | None", "Sequence[Tensor]", "Sequence[Tensor]", LossSpec],
-    LossTerms,
-]
+# (logits, target, valid, class_weight, weights, biases, spec) -> terms, differentiable in the logits; a backend
+# with checks_labels takes one argument more, whether to check them
+RunFunction = Callable[..., LossTerms]
 
 
 def _never() -> str | None:
@@ -42,6 +40,7 @@ class Backend:
         why_unsupported: (logits, weights, spec) -> None, or why it cannot do this very computation.
             Looks at metadata only.
         fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
+        checks_labels: whether it looks for bad labels itself while it reads them.
     """
 
     name: str
@@ -50,6 +49,7 @@ class Backend:
     why_unavailable: Callable[[], str | None] = _never
     why_unsupported: Callable[[Tensor, Sequence[Tensor], LossSpec], str | None] = _anything
     fused: bool = False
+    checks_labels: bool = False
 
     def refusal(self, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
         """Why this backend cannot take these arguments, or None."""
@@ -139,8 +139,8 @@ def check_name(name: str) -> None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
 
 
-def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> RunFunction:
-    """The implementation to run; looks at metadata only.
+def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> Backend:
+    """The backend to run; looks at metadata only.
 
     A backend asked for by name runs or raises. "auto" takes the first that can, and says once, in a
     warning, why the fused ones could not; `backend_info().fallbacks` keeps the reasons.
@@ -155,7 +155,7 @@ def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec)
         reason = backend.refusal(logits, weights, spec)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot do this: {reason}; use backend='auto' or 'reference'")
-        return _runner(backend)
+        return backend
     reasons = []
     for backend in reversed(_registry.values()):
         if not backend.fused or (backend.devices and logits.device.type not in backend.devices):
@@ -164,7 +164,7 @@ def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec)
             continue
         reason = backend.refusal(logits, weights, spec)
         if reason is None:
-            return _runner(backend)
+            return backend
         reasons.append(reason)
     # What no fused backend will ever take is said even where none is installed.
     general = why_not_fused(weights, spec.strides, spec.dilations, spec.pools)
@@ -172,7 +172,7 @@ def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec)
         if reason not in _fallbacks:
             _fallbacks[reason] = None
             warnings.warn(f"SemedaLoss runs on the slower reference backend: {reason}", stacklevel=2)
-    return reference.loss_terms
+    return _registry["reference"]
 
 
 def backend_info() -> BackendInfo:
@@ -188,11 +188,6 @@ def backend_info() -> BackendInfo:
     return BackendInfo(tuple(statuses), auto, tuple(_fallbacks))
 
 
-def _runner(backend: Backend) -> RunFunction:
-    assert backend.run is not None, f"backend {backend.name} is available but has nothing to run"
-    return backend.run
-
-
 def _planned(what: str) -> Callable[[], str]:
     def reason() -> str:
         note = "" if torch.cuda.is_available() else " (and torch sees no GPU here)"
@@ -202,6 +197,6 @@ def _planned(what: str) -> Callable[[], str]:
 
 
 register(Backend("reference", reference.loss_terms))
-register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True))
+register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True, checks_labels=True))
 register(Backend("triton", None, ("cuda",), _planned("Triton kernels"), fused=True))
 register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels"), fused=True))

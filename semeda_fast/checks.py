@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cpu import has_bad_label
+from .native import has_bad_label
 from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, VALIDATE, LossSpec
 

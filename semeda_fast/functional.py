@@ -118,16 +118,17 @@ def semeda_loss(
             backend,
         )
     )
-    ce, semeda, per_layer = terms.ce, terms.semeda, terms.per_layer
-    count = terms.valid_count.to(ce.dtype)
+    ce, semeda = terms.ce, terms.semeda
+    count = terms.valid_count.to(ce.dtype) if empty == "nan" else terms.valid_count.clamp(min=1).to(ce.dtype)
     if reduction == "mean":
-        ce = ce / _divisor(terms.ce_weight, empty)
-        semeda = semeda / _divisor(count, empty)
-    if reduction != "sum":
-        per_layer = per_layer / _divisor(count, empty)
+        # Without class weights both are means over the valid pixels.
+        plain = weight is None or target.is_floating_point()
+        ce = ce / (count if plain else _divisor(terms.ce_weight, empty))
+        semeda = semeda / count
     # In the terms' dtype: a float64 schedule tensor must not turn the loss into float64.
     loss = _factor(lambda_ce, ce) * ce + _factor(lambda_semeda, ce) * semeda
     if return_components:
+        per_layer = terms.per_layer if reduction == "sum" else terms.per_layer / count
         return LossComponents(loss, ce.detach(), semeda.detach(), per_layer, terms.valid_count)
     return loss
 

@@ -9,6 +9,21 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
+_DTYPES = {  # DType in csrc/cpu/params.h
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,
+    torch.bool: 3,
+    torch.int8: 4,
+    torch.int16: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+}
+
 
 @dataclass(frozen=True)
 class NativeInfo:
@@ -62,3 +77,26 @@ def native_info() -> NativeInfo:
     if module is None:
         return NativeInfo(available=False, reason=reason)
     return NativeInfo(available=True, reason="", build=module.build_info(), cpu=module.cpu_features())
+
+
+def tensor_view(module: Any, tensor: Tensor) -> Any:
+    """Address, dtype and strides of [N,C,H,W], [N,H,W] or []: what lacks a dimension repeats along it."""
+    strides = tensor.stride()
+    if len(strides) == 3:
+        strides = (strides[0], 0, *strides[1:])
+    return module.View(tensor.data_ptr(), _DTYPES[tensor.dtype], list(strides or (0, 0, 0, 0)))
+
+
+def has_bad_label(target: Tensor, valid: Tensor | None, num_classes: int, ignore_index: int) -> bool | None:
+    """Whether a valid pixel of target [N,H,W] (integers, on the CPU) holds no class; None where it cannot be told."""
+    module = native_module()
+    if module is None or target.device.type != "cpu":
+        return None
+    params = module.LossParams()
+    params.n, params.h, params.w = target.shape
+    params.classes = num_classes
+    params.ignore_index = ignore_index
+    params.target = tensor_view(module, target)
+    if valid is not None:
+        params.valid = tensor_view(module, valid)
+    return bool(module.has_bad_label(params))

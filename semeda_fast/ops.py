@@ -61,10 +61,14 @@ def _loss_terms(
         per_pixel=per_pixel,
     )
     checks.check_tensors(logits, target, valid, class_weight, weights, spec)
-    run = backends.choose(backend, logits, weights, spec)
+    chosen = backends.choose(backend, logits, weights, spec)
+    assert chosen.run is not None, f"backend {chosen.name} is available but has nothing to run"
     with torch.autocast(logits.device.type, enabled=False):
-        terms = run(logits, target, valid, class_weight, weights, biases, spec)
-        if validate == "never":
+        if chosen.checks_labels:
+            terms = chosen.run(logits, target, valid, class_weight, weights, biases, spec, validate == "auto")
+        else:
+            terms = chosen.run(logits, target, valid, class_weight, weights, biases, spec)
+        if validate == "never" or (validate == "auto" and chosen.checks_labels):
             return terms
         # The guard is 0; added, it keeps the compiler from dropping the check as unused.
         guard = torch.ops.semeda_fast.check_values(

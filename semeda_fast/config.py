@@ -1,0 +1,83 @@
+"""What the operators of a fused backend receive beside tensors: one frozen record, passed as one string.
+
+An operator's schema knows no structures, and each of its arguments costs microseconds a call (torch walks the
+schema once an argument in each direction), so a dozen settings travel as one text, which both sides cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .spec import LossSpec
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """A loss on a proxy that the fused kernels take.
+
+    Attributes:
+        channels: C, K_1, ..., K_L.
+        sizes: kernel size of each layer, odd.
+        check_labels: raise ValueError for a label that is neither a class nor ignore_index.
+
+    The others are those of LossSpec.
+    """
+
+    channels: tuple[int, ...]
+    sizes: tuple[int, ...]
+    layer_weights: tuple[float, ...]
+    layer_scales: tuple[float, ...]
+    tap: str
+    distance: str
+    ignore_index: int
+    label_smoothing: float
+    mode: str
+    per_pixel: bool
+    check_labels: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of the proxy in all."""
+        pairs = zip(self.channels, self.channels[1:], self.sizes, strict=False)
+        return sum(out * (before * size * size + 1) for before, out, size in pairs)
+
+
+def config_text(weights: Sequence[Tensor], spec: LossSpec, check_labels: bool) -> str:
+    """The text of a FusedConfig; weights are [K_l, K_{l-1}, k, k]."""
+    channels = (int(weights[0].shape[1]), *(int(weight.shape[0]) for weight in weights))
+    return _text(channels, tuple(int(weight.shape[2]) for weight in weights), spec, check_labels)
+
+
+@functools.lru_cache(maxsize=256)
+def _text(channels: tuple[int, ...], sizes: tuple[int, ...], spec: LossSpec, check_labels: bool) -> str:
+    config = FusedConfig(
+        channels=channels,
+        sizes=sizes,
+        layer_weights=spec.layer_weights,
+        layer_scales=spec.layer_scales,
+        tap=spec.tap,
+        distance=spec.distance,
+        ignore_index=spec.ignore_index,
+        label_smoothing=spec.label_smoothing,
+        mode=spec.mode,
+        per_pixel=spec.per_pixel,
+        check_labels=check_labels,
+    )
+    return json.dumps(asdict(config))
+
+
+@functools.lru_cache(maxsize=256)
+def parse_config(text: str) -> FusedConfig:
+    """The FusedConfig that `config_text` wrote; floats come back bit for bit."""
+    values: dict[str, Any] = {key: _frozen(value) for key, value in json.loads(text).items()}
+    return FusedConfig(**values)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
