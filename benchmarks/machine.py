@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -37,9 +39,25 @@ def describe(device: str) -> dict[str, Any]:
         "load_average": load_average(),
     }
     if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["cuda"] = torch.version.cuda
+        facts.update(_gpu_facts())
     return facts
+
+
+def _gpu_facts() -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(0)
+    try:
+        triton: str | None = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu_memory_bytes": found.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton,
+    }
 
 
 def available_cores() -> int:
@@ -97,8 +115,10 @@ def measure_peaks(device: str, threads: int, *, quick: bool = False) -> dict[str
     """FMA peak (FLOP/s, fp32) and copy bandwidth (bytes/s, read + write), and how each was measured.
 
     The native module's loops where it has them; otherwise the fastest of a matrix product and a convolution
-    of torch, which may lie well below the peak, and a copy of torch.
+    of torch, which may lie well below the peak, and a copy of torch. On CUDA also "half_flops", of a bf16 product.
     """
+    if device == "cuda":
+        return _cuda_peaks(threads, quick)
     module = native._load()[0] if device == "cpu" else None
     num_bytes = 2**24 if quick else 2**28
     if module is not None and hasattr(module, "fma_peak"):
@@ -110,6 +130,18 @@ def measure_peaks(device: str, threads: int, *, quick: bool = False) -> dict[str
     else:
         copy, how_copy = _torch_copy(device, num_bytes), "torch copy"
     return {"fma_flops": flops, "fma_how": how_flops, "copy_bytes": copy, "copy_how": how_copy, "threads": threads}
+
+
+def _cuda_peaks(threads: int, quick: bool) -> dict[str, Any]:
+    """Products large enough to fill any GPU; fp32 as IEEE fp32, which is torch's default for products."""
+    n = 2048 if quick else 8192
+    flops = {}
+    for name, dtype in (("fma_flops", torch.float32), ("half_flops", torch.bfloat16)):
+        a, b = torch.randn(n, n, device="cuda", dtype=dtype), torch.randn(n, n, device="cuda", dtype=dtype)
+        flops[name] = 2 * n**3 / _best_seconds(functools.partial(torch.mm, a, b), "cuda")
+    copy = _torch_copy("cuda", 2**26 if quick else 2**30)
+    how = f"torch product of {n}x{n} matrices in fp32 (a lower bound)"
+    return {**flops, "fma_how": how, "copy_bytes": copy, "copy_how": "torch copy", "threads": threads}
 
 
 def _torch_flops(device: str, quick: bool) -> float:

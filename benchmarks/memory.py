@@ -127,7 +127,9 @@ def _status_bytes(field: str) -> int:
 
 def _cuda_peak(contender: Contender, inputs: Inputs, compiler: str, leaf: Tensor) -> Peak:
     function = contender.make(inputs, compiler)
-    _step(function, leaf, inputs.target)
+    for _ in range(2):  # compiles, and lets cuDNN choose
+        _step(function, leaf, inputs.target)
+    gc.collect()
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

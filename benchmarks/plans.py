@@ -115,7 +115,14 @@ def make_plans(which: str, *, device: str, threads: int, fused: Sequence[str], t
         raise ValueError(f"the set must be one of {', '.join(SETS)}, got {which!r}")
     allocators = ALLOCATORS if tuned and device == "cpu" else ("default",)
     plans = {"smoke": _smoke, "quick": _quick, "full": _full}[which](threads, allocators, fused)
+    if device == "cuda":
+        plans = [plan for plan in map(_without_threads, plans) if plan.cases]
     return [replace(plan, device=device) for plan in plans]
+
+
+def _without_threads(plan: Plan) -> Plan:
+    """The plan without the scaling with threads of the processor, which says nothing of a GPU."""
+    return replace(plan, cases=tuple(case for case in plan.cases if case.suite != "scaling-threads"))
 
 
 def _smoke(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> list[Plan]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .plain import LossFunction
 
 MODES = ("nograd", "forward", "fwdbwd")
+_SPIN_HZ = 2.0e9  # cycles a second of a waiting GPU, at most: waiting longer than asked for does no harm
 Step = Callable[[], None]
 
 
@@ -63,11 +64,21 @@ def make_step(function: LossFunction, leaf: Tensor, target: Tensor, mode: str, g
 
 
 def interleaved(
-    steps: Mapping[str, Step], budget: Budget, *, device: str = "cpu", warmup: int = 2, seed: int = 0
+    steps: Mapping[str, Step],
+    budget: Budget,
+    *,
+    device: str = "cpu",
+    warmup: int = 2,
+    seed: int = 0,
+    queued: bool = False,
 ) -> dict[str, Samples]:
     """Round-robin over all steps, in a fresh random order each round, after a warm-up of each.
 
     Sample i of all contenders belongs to round i, so drifts of the machine hit all of them alike.
+
+    Args:
+        queued: on CUDA, keep the device waiting until the host has queued the whole step, so that gaps in which the
+            device waits for Python are not counted; False times an idle device, gaps included.
     """
     names = list(steps)
     for _ in range(warmup):  # in turns too: a heap that keeps its pages grows until it fits this order of requests
@@ -76,7 +87,9 @@ def interleaved(
     if not names:
         return {}
     order = random.Random(seed)
-    timed = _cuda_time if device == "cuda" else _cpu_time
+    timed = {name: _cpu_time for name in names}
+    if device == "cuda":
+        timed = {name: _cuda_timer(_host_seconds(steps[name]) if queued else 0.0) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     faults: dict[str, list[int]] = {name: [] for name in names}
     enabled = gc.isenabled()
@@ -89,7 +102,7 @@ def interleaved(
                 break
             for name in order.sample(names, len(names)):
                 before = minor_faults()
-                seconds[name].append(timed(steps[name]))
+                seconds[name].append(timed[name](steps[name]))
                 faults[name].append(minor_faults() - before)
             rounds += 1
     finally:
@@ -104,15 +117,31 @@ def _cpu_time(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_time(step: Step) -> float:
-    """Seconds between two events around the step, on an idle device."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def _cuda_timer(ahead: float) -> Callable[[Step], float]:
+    """Seconds between two events around a step; where `ahead` is not 0 the device first waits that many seconds."""
+
+    def timed(step: Step) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(int(ahead * _SPIN_HZ))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    return timed
+
+
+def _host_seconds(step: Step) -> float:
+    """How long the host takes to queue a step at most, with a margin; a step is not waited for."""
+    found = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        found.append(_cpu_time(step))
     torch.cuda.synchronize()
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return 1.5 * max(found) + 2e-4
 
 
 def _counts_faults() -> bool:

@@ -94,7 +94,10 @@ def _time_case(case: Case, plan: Plan) -> list[Record]:
     """Check every contender, then time those that are right in one interleaved run."""
     assert case.workload is not None
     inputs = make_inputs(case.workload, plan.device)
+    torch.backends.cudnn.benchmark = False  # the oracle's strips have many shapes
     truth = oracle.cached_oracle(inputs, Path(plan.cache) if plan.cache else None)
+    if plan.device == "cuda":
+        _settle_cuda(case.workload.dtype)
     records: dict[str, Record] = {}
     steps: dict[str, timing.Step] = {}
     for contender in _chosen(case, plan):
@@ -114,7 +117,19 @@ def _time_case(case: Case, plan: Plan) -> list[Record]:
             steps[contender.name] = step
     for name, samples in timing.interleaved(steps, case.budget, device=plan.device, warmup=case.warmup).items():
         records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
+    if plan.device == "cuda":
+        for name, samples in timing.interleaved(steps, case.budget, device="cuda", warmup=1, queued=True).items():
+            records[name]["queued_seconds"] = samples.seconds
     return list(records.values())
+
+
+def _settle_cuda(dtype: str) -> None:
+    """How cuDNN computes for all contenders of a case: its fastest algorithm, and no TF32 where logits are fp32.
+
+    TF32, torch's default for convolutions, keeps 10 bits of a feature: fp32 results would fail the check.
+    """
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = dtype != "float32"
 
 
 def _about(contender: Contender) -> Record:

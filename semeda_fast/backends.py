@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, triton_ops
 from .errors import BackendUnavailableError
 from .proxy.network import why_not_fused
 from .spec import LossSpec, LossTerms
@@ -41,6 +41,7 @@ class Backend:
             Looks at metadata only.
         fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
         checks_labels: whether it looks for bad labels itself while it reads them.
+        by_name_on: device types on which "auto" leaves it alone: an interpreter is for tests.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Backend:
     why_unsupported: Callable[[Tensor, Sequence[Tensor], LossSpec], str | None] = _anything
     fused: bool = False
     checks_labels: bool = False
+    by_name_on: tuple[str, ...] = ()
 
     def refusal(self, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
         """Why this backend cannot take these arguments, or None."""
@@ -158,7 +160,8 @@ def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec)
         return backend
     reasons = []
     for backend in reversed(_registry.values()):
-        if not backend.fused or (backend.devices and logits.device.type not in backend.devices):
+        device = logits.device.type
+        if not backend.fused or device in backend.by_name_on or (backend.devices and device not in backend.devices):
             continue
         if backend.why_unavailable() is not None:
             continue
@@ -183,7 +186,8 @@ def backend_info() -> BackendInfo:
         statuses.append(BackendStatus(backend.name, reason is None, backend.devices, reason or ""))
     auto = {}
     for device in ("cpu", "cuda"):
-        fused = [b.name for b in _registry.values() if b.fused and b.name in available_names(device)]
+        names_here = available_names(device)
+        fused = [b.name for b in _registry.values() if b.fused and device not in b.by_name_on and b.name in names_here]
         auto[device] = fused[-1] if fused else "reference"
     return BackendInfo(tuple(statuses), auto, tuple(_fallbacks))
 
@@ -198,5 +202,16 @@ def _planned(what: str) -> Callable[[], str]:
 
 register(Backend("reference", reference.loss_terms))
 register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True, checks_labels=True))
-register(Backend("triton", None, ("cuda",), _planned("Triton kernels"), fused=True))
+register(
+    Backend(
+        "triton",
+        triton_ops.run,
+        ("cuda", "cpu") if triton_ops.interpreted() else ("cuda",),
+        triton_ops.why_unavailable,
+        triton_ops.why_unsupported,
+        fused=True,
+        checks_labels=True,
+        by_name_on=("cpu",),
+    )
+)
 register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels"), fused=True))

@@ -1,0 +1,222 @@
+"""The operators of a fused backend: schema, fake, autograd, dispatch. A backend brings two functions on tensors.
+
+`semeda_fast::<name>_forward` gives the terms and, where a gradient will be wanted, the codes that
+`semeda_fast::<name>_backward` turns into it. Both are opaque to the compiler, so one compiled graph holds them as they
+are, for any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import FusedConfig, config_text, parse_config
+from .spec import LossSpec, LossTerms
+
+
+class Problem(NamedTuple):
+    """What both directions receive."""
+
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
+    class_weight: Tensor | None
+    flat: Tensor  # the proxy's weights, then its biases, each layer's flattened, fp32
+    config: FusedConfig
+
+
+class Outputs(NamedTuple):
+    """What forward returns; the first five as in LossTerms."""
+
+    ce: Tensor
+    semeda: Tensor
+    per_layer: Tensor
+    ce_weight: Tensor
+    valid_count: Tensor
+    codes: Tensor  # for backward alone, and empty where no gradient will be asked for
+    saved_d: Tensor
+
+
+class Saved(NamedTuple):
+    """Shapes and dtype of what is kept for backward."""
+
+    codes: tuple[Any, ...]  # uint8
+    saved_d: tuple[Any, ...]
+    dtype: torch.dtype  # of saved_d
+
+
+ForwardFunction = Callable[[Problem, Outputs], None]  # fills all of Outputs
+BackwardFunction = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # codes ... d_logits, filled
+SavedFunction = Callable[[Tensor, FusedConfig], Saved]
+
+
+# Defined by hand: what torch.library.custom_op wraps around a function costs 0.1 ms a call.
+_library = torch.library.Library("semeda_fast", "FRAGMENT")
+_EMPTY = Saved((0,), (0,), torch.float32)
+
+
+class FusedOps:
+    """Registers the operators of one backend on creation; `run` is what the registry of backends wants.
+
+    Args:
+        name: of the backend, and of its operators.
+        keys: dispatch keys, such as "CPU".
+        saved: (logits, config) -> what forward keeps for backward.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        keys: Sequence[str],
+        saved: SavedFunction,
+        forward: ForwardFunction,
+        backward: BackwardFunction,
+    ) -> None:
+        self.name = name
+        self._saved, self._forward, self._backward = saved, forward, backward
+        tags = (torch.Tag.pt2_compliant_tag,)
+        _library.define(
+            f"{name}_forward(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor flat, "
+            "str config, bool save) -> (Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count, "
+            "Tensor codes, Tensor saved_d)",
+            tags=tags,
+        )
+        _library.define(
+            f"{name}_backward(Tensor d_ce, Tensor d_semeda, Tensor logits, Tensor target, Tensor? valid, "
+            "Tensor? class_weight, Tensor flat, Tensor codes, Tensor saved_d, str config) -> Tensor",
+            tags=tags,
+        )
+        for key in keys:
+            _library.impl(f"{name}_forward", self._run_forward, key)
+            _library.impl(f"{name}_backward", self._run_backward, key)
+        full = f"semeda_fast::{name}"
+        torch.library.register_fake(f"{full}_forward", self._fake_forward, lib=_library)
+        torch.library.register_fake(f"{full}_backward", _fake_backward, lib=_library)
+        torch.library.register_autograd(
+            f"{full}_forward", self._differentiate, setup_context=_setup_context, lib=_library
+        )
+        torch.library.register_autograd(f"{full}_backward", self._no_second_derivative, lib=_library)
+        self._forward_op = getattr(torch.ops.semeda_fast, f"{name}_forward")
+        self._backward_op = getattr(torch.ops.semeda_fast, f"{name}_backward")
+
+    def run(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        spec: LossSpec,
+        check_labels: bool,
+    ) -> LossTerms:
+        """The terms of `reference.loss_terms`, for arguments that passed its checks."""
+        save = torch.is_grad_enabled() and logits.requires_grad
+        # One flat tensor: an operator with a list of tensors costs half a millisecond more a call.
+        flat = torch.cat([tensor.reshape(-1).to(torch.float32) for tensor in (*weights, *biases)])
+        config = config_text(weights, spec, check_labels)
+        return LossTerms(*self._forward_op(logits, target, valid, class_weight, flat, config, save)[:5])
+
+    def outputs(self, logits: Tensor, config: FusedConfig, save: bool) -> Outputs:
+        """Fresh memory for everything that forward returns."""
+        n, _, h, w = logits.shape
+        shape = (n, h, w) if config.per_pixel else ()
+        kept = self._saved(logits, config) if save else _EMPTY
+        new = logits.new_empty
+        return Outputs(
+            new(shape, dtype=torch.float32),
+            new(shape, dtype=torch.float32),
+            new((len(config.sizes),), dtype=torch.float32),
+            new((), dtype=torch.float32),
+            new((), dtype=torch.int64),
+            new(kept.codes, dtype=torch.uint8),
+            new(kept.saved_d, dtype=kept.dtype),
+        )
+
+    def _run_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        flat: Tensor,
+        config: str,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        settings = parse_config(config)
+        outputs = self.outputs(logits, settings, save)
+        self._forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
+        return tuple(outputs)
+
+    def _fake_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        flat: Tensor,
+        config: str,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        return tuple(self.outputs(logits, parse_config(config), save))
+
+    def _run_backward(
+        self,
+        d_ce: Tensor,
+        d_semeda: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        flat: Tensor,
+        codes: Tensor,
+        saved_d: Tensor,
+        config: str,
+    ) -> Tensor:
+        """The gradient of the logits, in their dtype and, where they are dense, their strides."""
+        d_logits = torch.empty_like(logits)
+        problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
+        d_ce, d_semeda = d_ce.to(torch.float32), d_semeda.to(torch.float32)
+        self._backward(problem, codes, saved_d, d_ce, d_semeda, d_logits)
+        return d_logits
+
+    def _differentiate(self, ctx: Any, d_ce: Tensor | None, d_semeda: Tensor | None, *_: None) -> tuple[Any, ...]:
+        logits, target, valid, class_weight, flat, codes, saved_d = ctx.saved_tensors
+        zero = logits.new_zeros((), dtype=torch.float32) if d_ce is None or d_semeda is None else None
+        if ctx.per_pixel and zero is not None:
+            zero = zero.expand(logits.shape[0], *logits.shape[2:])
+        d_logits = self._backward_op(
+            zero if d_ce is None else d_ce,
+            zero if d_semeda is None else d_semeda,
+            logits,
+            target,
+            valid,
+            class_weight,
+            flat,
+            codes,
+            saved_d,
+            ctx.config,
+        )
+        return d_logits, None, None, None, None, None, None
+
+    def _no_second_derivative(self, ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"the fused backend {self.name!r} has no second derivative; use SemedaLoss(backend='reference'), "
+            "which has all of them"
+        )
+
+
+def _fake_backward(d_ce: Tensor, d_semeda: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, valid, class_weight, flat, config, _ = inputs
+    ctx.save_for_backward(logits, target, valid, class_weight, flat, output[5], output[6])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # or each backward would fill zeros of the size of `codes`
+    ctx.config = config
+    ctx.per_pixel = parse_config(config).per_pixel
