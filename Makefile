@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+GPU_OUTPUT ?= build/bench/gpu
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt \
@@ -14,7 +15,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test sanitize demo bench bench-full lint format clean
+.PHONY: help test sanitize demo bench bench-full gpu lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +41,10 @@ bench: $(VENV)/.stamp-dev  ## Measure the quick set (under 5 minutes on 2 cores)
 
 bench-full: $(VENV)/.stamp-dev  ## Measure everything (hours); report and plots in build/bench/full
 	$(BIN)/python -m benchmarks run --full $(BENCH_ARGS)
+
+# With $(PYTHON) as it is, not $(VENV): a GPU machine brings its own torch, and nothing is installed or downloaded.
+gpu:  ## Test and measure on a GPU with $(PYTHON), under 9 minutes; GPU_ARGS="--only tests", GPU_OUTPUT=folder
+	$(PYTHON) -m benchmarks.gpu --output "$(GPU_OUTPUT)" $(GPU_ARGS)
 
 lint: $(VENV)/.stamp-dev  ## Check style, formatting and types
 	$(BIN)/ruff check .

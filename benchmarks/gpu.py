@@ -55,7 +55,7 @@ else:
         if torch.cuda.is_available():
             at = torch.cuda.get_device_properties(0)
             torch.ones(1, device="cuda").sum().item()
-            facts.update(gpu=at.name, capability=f"{at.major}.{at.minor}", memory_bytes=at.total_memory,
+            facts.update(gpu=at.name, capability=f"{at.major}.{at.minor}", gpu_memory_bytes=at.total_memory,
                          multiprocessors=at.multi_processor_count, gpus=torch.cuda.device_count())
         elif torch.version.cuda is None and facts["hip"] is None:
             facts["problem"] = f"torch {torch.__version__} is built without CUDA"
@@ -181,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         say(f"error: {error}")
         return BAD_CALL
-    say(f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['modules']['triton'] or 'missing'}: {', '.join(phases)}")
+    triton = facts["modules"]["triton"] or "missing"
+    say(f"{facts['gpu']}, torch {facts['torch']}, Triton {triton}: {', '.join(phases)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children are ended, results are kept
     try:
         return _session(session, phases, options, output, start + options.limit)
@@ -323,7 +324,7 @@ def _measure(name: str, tree: Path, output: Path, limit: float, options: argpars
     code, problem = _run(measure_command(name, output, limit, options.plans), tree, environment(tree), limit + GRACE)
     seconds = time.monotonic() - begun
     if code == CUT_SHORT or problem:
-        return Phase(name, "cut short", seconds, limit, problem or "the time was up before everything had been measured")
+        return Phase(name, "cut short", seconds, limit, problem or "the time was up before all was measured")
     text = "" if code == 0 else f"exit code {code}: see the report"
     return Phase(name, "done" if code == 0 else "failed", seconds, limit, text)
 

@@ -257,7 +257,7 @@ def scrub(text: str, folder: Path) -> str:
 
 
 class Recorder:
-    """Writes what happens as lines of JSON, and stops the session at the deadline."""
+    """Writes what happens as lines of JSON, stops the session at the deadline, and sets cuDNN's precision."""
 
     def __init__(self, path: Path, deadline: float) -> None:
         self.stream = path.open("a", encoding="utf-8")
@@ -277,6 +277,10 @@ class Recorder:
             self.write({"name": report.nodeid, "outcome": "error", "seconds": 0.0, "reason": str(report.longrepr)})
 
     def pytest_collection_finish(self, session: Any) -> None:
+        if "torch" in sys.modules:
+            cudnn = sys.modules["torch"].backends.cudnn
+            # TF32 convolutions, torch's default, would make the reference inexact and every budget wide.
+            cudnn.allow_tf32, cudnn.deterministic = False, True
         self.write({"collected": [item.nodeid for item in session.items]})
         self._look_at_the_clock()
 
@@ -301,12 +305,6 @@ class Recorder:
 
 
 def pytest_configure(config: Any) -> None:
-    """The plugin's entry: record, and let cuDNN compute in the precision that the budgets are made for."""
-    if LOG not in os.environ:
-        return
-    import torch
-
-    # TF32 convolutions, torch's default, would make the reference inexact and every budget wide.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    config.pluginmanager.register(Recorder(Path(os.environ[LOG]), float(os.environ.get(DEADLINE, "inf"))))
+    """The plugin's entry."""
+    if LOG in os.environ:
+        config.pluginmanager.register(Recorder(Path(os.environ[LOG]), float(os.environ.get(DEADLINE, "inf"))))

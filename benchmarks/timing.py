@@ -87,7 +87,7 @@ def interleaved(
     if not names:
         return {}
     order = random.Random(seed)
-    timed = {name: _cpu_time for name in names}
+    timed: dict[str, Callable[[Step], float]] = dict.fromkeys(names, _cpu_time)
     if device == "cuda":
         timed = {name: _cuda_timer(_host_seconds(steps[name]) if queued else 0.0) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}

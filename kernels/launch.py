@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .layers import layer_bwd_kernel, layer_fwd_kernel
 from .logits_grad import logits_bwd_kernel
-from .plan import MAX_LAYERS, TILE_H, TILE_W, LaunchConfig, LayerPlan, Plan, power_of_two
+from .plan import MAX_LAYERS, LaunchConfig, LayerPlan, Plan, power_of_two
 from .reduction import finish_kernel, sum_kernel
 from .softmax import softmax_fwd_kernel
 from .target import prepare_kernel, tile_class_kernel
@@ -166,9 +166,10 @@ def forward_launches(
     prepared, launches = prepare(plan, inputs.flat, tables=not plan.soft)
     yield from launches
 
-    softmax = plan.softmax_config()
+    unit_c, unit_w = _unit_strides(inputs.logits)
+    softmax = plan.softmax_config(unit_c)
     image, programs = _image(plan, softmax)
-    _, tile_programs = _image(plan, LaunchConfig(TILE_H, TILE_W, 4))
+    _, tile_programs = _image(plan, plan.tile_config())
     most = max(programs, tile_programs)
     # Rows beyond a kernel's own number of programs stay zero.
     partial = new((4 + len(plan.layers), most), dtype=torch.float32)
@@ -178,7 +179,6 @@ def forward_launches(
     e = new((plan.pixels, first.in_pad), dtype=plan.dtype)
     q = new((plan.pixels, first.in_pad), dtype=plan.dtype) if plan.soft else None
     labels = new(plan.pixels, dtype=plan.label_dtype)
-    unit_c, unit_w = _unit_strides(inputs.logits)
     yield Launch(
         softmax_fwd_kernel,
         programs,
@@ -229,7 +229,7 @@ def forward_launches(
 
 def _tile_classes(plan: Plan, labels: Tensor, classes: Tensor) -> Launch:
     pads = tuple(layer.size // 2 for layer in plan.layers[: plan.target_layers])
-    image, programs = _image(plan, LaunchConfig(TILE_H, TILE_W, 4))
+    image, programs = _image(plan, plan.tile_config())
     arguments = {
         "labels": labels,
         "classes": classes,
@@ -237,10 +237,10 @@ def _tile_classes(plan: Plan, labels: Tensor, classes: Tensor) -> Launch:
         "tiles": programs,
         "REACH": sum(pads),
         "PADS": pads,
-        "BLOCK_H": TILE_H,
-        "BLOCK_W": TILE_W,
-        "SIDE_H": power_of_two(TILE_H + 2 * sum(pads), 1),
-        "SIDE_W": power_of_two(TILE_W + 2 * sum(pads), 1),
+        "BLOCK_H": plan.tile[0],
+        "BLOCK_W": plan.tile[1],
+        "SIDE_H": power_of_two(plan.tile[0] + 2 * sum(pads), 1),
+        "SIDE_W": power_of_two(plan.tile[1] + 2 * sum(pads), 1),
     }
     return Launch(tile_class_kernel, programs, arguments, 1)
 
@@ -334,7 +334,7 @@ def backward_launches(
     d_t: Tensor | None = None
     for layer in reversed(plan.layers[1:]):
         before = plan.layers[layer.number - 1]
-        launch = plan.layer_config(layer)
+        launch = plan.layer_bwd_config(layer)
         image, programs = _image(plan, launch)
         d_prev = inputs.flat.new_empty((plan.pixels, before.out_pad), dtype=plan.dtype)
         yield Launch(

@@ -26,6 +26,12 @@ L2 = tl.constexpr(1)
 
 
 @triton.jit
+def shifted_inside(y, x, dy, dx, H, W):
+    """Whether each pixel (y + dy, x + dx) lies in the image."""
+    return (y >= -dy) & (y < H - dy) & (x >= -dx) & (x < W - dx)
+
+
+@triton.jit
 def pack_bits(bit, OUT: tl.constexpr, word: tl.constexpr):
     """Of [pixels, OUT] of 0 or 1: one word of min(OUT, 32) bits a pixel."""
     k = tl.arange(0, OUT)
@@ -89,12 +95,14 @@ def load_seed(
 
 @triton.jit
 def target_products(
-    total,  # [pixels, OUT] fp32: the bias
+    total,  # [pixels, OUT] fp32 zeros
     xq,
+    aq,
     labels,
     prev_classes,
     prev_activated,
     packed,
+    bias,
     n,
     y,
     x,
@@ -110,37 +118,45 @@ def target_products(
     BLOCK_W: tl.constexpr,
     KSIZE: tl.constexpr,
     FROM_LABELS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total + conv(a(q)): of the one-hot map, which is made from labels, or of features and the table before."""
+    """t(q) = conv(a(q)) + bias, of the one-hot map, which is made from labels, or of features and the table before.
+
+    relu of it goes to aq, where a later layer reads it.
+    """
     CHUNKS: tl.constexpr = IN // BLOCK_K
     k = tl.arange(0, BLOCK_K)
+    here = n.to(tl.int64) * H * W + y * W + x
     o = tl.arange(0, OUT)
-    first = n.to(tl.int64) * H * W
+    weights = packed + k[:, None] * OUT + o[None, :]
+    total += tl.load(bias + o)[None, :]
     for i in range(KSIZE * KSIZE * CHUNKS):
         tap = i // CHUNKS
+        dy = tap // KSIZE - KSIZE // 2
+        dx = tap % KSIZE - KSIZE // 2
         channel = (i % CHUNKS) * BLOCK_K + k
-        py = y + tap // KSIZE - KSIZE // 2
-        px = x + tap % KSIZE - KSIZE // 2
-        inside = (py >= 0) & (py < H) & (px >= 0) & (px < W)
-        row = first + py * W + px
-        weight = tl.load(packed + (tap * IN + channel)[:, None] * OUT + o[None, :])
+        inside = shifted_inside(y, x, dy, dx, H, W)
+        weight = tl.load(weights + i * BLOCK_K * OUT)
         if FROM_LABELS:
-            label = tl.load(labels + row, mask=inside, other=C).to(tl.int32)
+            label = tl.load(labels + here + (dy * W + dx), mask=inside, other=C).to(tl.int32)
             a = (label[:, None] == channel[None, :]).to(weight.dtype)  # column C has no weights
-        elif prev_classes is None:
-            a = tl.load(xq + row[:, None] * IN + channel[None, :], mask=inside[:, None], other=0.0)
         else:
-            tile = n * tiles_per_image + (py // BLOCK_H) * tiles_x + px // BLOCK_W
-            known = tl.load(prev_classes + tile, mask=inside, other=-1).to(tl.int32)
-            near = tl.load(
-                xq + row[:, None] * IN + channel[None, :], mask=(inside & (known < 0))[:, None], other=0.0
-            )
-            away = tl.load(
-                prev_activated + known[:, None] * IN + channel[None, :], mask=(known >= 0)[:, None], other=0.0
-            )
-            a = near + away  # one of them is zero
+            near = inside
+            if prev_classes is not None:
+                tile = n * tiles_per_image + ((y + dy) // BLOCK_H) * tiles_x + (x + dx) // BLOCK_W
+                known = tl.load(prev_classes + tile, mask=inside, other=-1).to(tl.int32)
+                near = inside & (known < 0)
+            at = xq + (here + (dy * W + dx))[:, None] * IN + channel[None, :]
+            a = tl.load(at, mask=near[:, None], other=0.0)
+            if prev_classes is not None:
+                away = prev_activated + known[:, None] * IN + channel[None, :]
+                a += tl.load(away, mask=(known >= 0)[:, None], other=0.0)  # one of them is zero
         total = tl.dot(a, weight, total, input_precision=PRECISION)
+    if aq is not None:
+        in_image = (y < H) & (x < W)
+        stored = to_storage(tl.maximum(total, 0.0), DTYPE)
+        tl.store(aq + here[:, None] * OUT + o[None, :], stored, mask=in_image[:, None])
     return total
 
 
@@ -188,43 +204,42 @@ def layer_fwd_kernel(
     tile = tl.program_id(0)
     n, y, x = tile_pixels(tile, tiles_x, tiles_per_image, BLOCK_H, BLOCK_W)
     in_image = (y < H) & (x < W)
-    first = n.to(tl.int64) * H * W
-    here = first + y * W + x
+    here = n.to(tl.int64) * H * W + y * W + x
     k = tl.arange(0, BLOCK_K)
     o = tl.arange(0, OUT)
 
     # 1. d = conv(x), the difference of the branches before the ReLU
     d = tl.zeros([BLOCK_H * BLOCK_W, OUT], tl.float32)
+    pixels = x_in + here[:, None] * IN + k[None, :]
+    weights = packed + k[:, None] * OUT + o[None, :]
     for i in range(KSIZE * KSIZE * CHUNKS):
         tap = i // CHUNKS
-        channel = (i % CHUNKS) * BLOCK_K + k
-        py = y + tap // KSIZE - KSIZE // 2
-        px = x + tap % KSIZE - KSIZE // 2
-        inside = (py >= 0) & (py < H) & (px >= 0) & (px < W)
-        row = first + py * W + px
-        a = tl.load(x_in + row[:, None] * IN + channel[None, :], mask=inside[:, None], other=0.0)
-        weight = tl.load(packed + (tap * IN + channel)[:, None] * OUT + o[None, :])
-        d = tl.dot(a, weight, d, input_precision=PRECISION)
+        dy = tap // KSIZE - KSIZE // 2
+        dx = tap % KSIZE - KSIZE // 2
+        inside = shifted_inside(y, x, dy, dx, H, W)
+        shift = (dy * W + dx) * IN + (i % CHUNKS) * BLOCK_K
+        a = tl.load(pixels + shift, mask=inside[:, None], other=0.0)
+        d = tl.dot(a, tl.load(weights + i * BLOCK_K * OUT), d, input_precision=PRECISION)
 
     # 2. t(q), and b = relu(t(q) + d) - relu(t(q))
     seen = d
     on = d > 0
     if POST or not LAST:
         target = tl.zeros([BLOCK_H * BLOCK_W, OUT], tl.float32)
-        known = -1
-        if classes is not None:
-            known = tl.load(classes + tile).to(tl.int32)
-        if known >= 0:
-            target += tl.load(table + known * OUT + o)[None, :]
-        else:
-            target += tl.load(bias + o)[None, :]
+        if classes is None:
             target = target_products(
-                target, xq, labels, prev_classes, prev_activated, packed, n, y, x, H, W, tiles_x, tiles_per_image,
-                C, IN, OUT, BLOCK_K, BLOCK_H, BLOCK_W, KSIZE, FROM_LABELS, PRECISION,
+                target, xq, aq, labels, prev_classes, prev_activated, packed, bias, n, y, x, H, W, tiles_x,
+                tiles_per_image, C, IN, OUT, BLOCK_K, BLOCK_H, BLOCK_W, KSIZE, FROM_LABELS, DTYPE, PRECISION,
             )  # fmt: skip
-            if aq is not None:
-                stored = to_storage(tl.maximum(target, 0.0), DTYPE)
-                tl.store(aq + here[:, None] * OUT + o[None, :], stored, mask=in_image[:, None])
+        else:
+            known = tl.load(classes + tile).to(tl.int32)
+            if known >= 0:
+                target += tl.load(table + known * OUT + o)[None, :]
+            else:
+                target = target_products(
+                    target, xq, aq, labels, prev_classes, prev_activated, packed, bias, n, y, x, H, W, tiles_x,
+                    tiles_per_image, C, IN, OUT, BLOCK_K, BLOCK_H, BLOCK_W, KSIZE, FROM_LABELS, DTYPE, PRECISION,
+                )  # fmt: skip
         prediction = target + d
         difference = tl.maximum(prediction, 0.0) - tl.maximum(target, 0.0)
         on = prediction > 0
@@ -298,24 +313,26 @@ def gradient_products(
     PRECISION: tl.constexpr,
 ):
     """(9): gradient of this layer's input [pixels, COLUMNS], COLUMNS >= IN a power of 2."""
-    first = n.to(tl.int64) * H * W
+    here = n.to(tl.int64) * H * W + y * W + x
     o = tl.arange(0, OUT)
     j = tl.arange(0, COLUMNS)
+    turned = packed + j[None, :] * OUT + o[:, None]
     total = tl.zeros([BLOCK_H * BLOCK_W, COLUMNS], tl.float32)
     for tap in range(KSIZE * KSIZE):
-        py = y - tap // KSIZE + KSIZE // 2
-        px = x - tap % KSIZE + KSIZE // 2
-        inside = (py >= 0) & (py < H) & (px >= 0) & (px < W)
-        row = first + py * W + px
+        dy = KSIZE // 2 - tap // KSIZE
+        dx = KSIZE // 2 - tap % KSIZE
+        inside = shifted_inside(y, x, dy, dx, H, W)
+        row = here + (dy * W + dx)
         if d_t is None:
             seed = load_seed(codes, saved, upstream, row, P, inside, seed_coefficient, K, OUT, DISTANCE)
             a = to_storage(seed, DTYPE)
         else:
             a = tl.load(d_t + row[:, None] * OUT + o[None, :], mask=inside[:, None], other=0.0)
-        turned = tl.load(
-            packed + (tap * IN + j)[None, :] * OUT + o[:, None], mask=(j < IN)[None, :], other=0.0
-        )
-        total = tl.dot(a, turned, total, input_precision=PRECISION)
+        if COLUMNS == IN:
+            weight = tl.load(turned + tap * IN * OUT)
+        else:
+            weight = tl.load(turned + tap * IN * OUT, mask=(j < IN)[None, :], other=0.0)
+        total = tl.dot(a, weight, total, input_precision=PRECISION)
     return total
 
 

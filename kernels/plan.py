@@ -5,7 +5,7 @@ Knows shapes and dtypes alone, so the tests compile and count with the very numb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 256
 MAX_LAYERS = 8
-TILE_H, TILE_W = 4, 32  # of the layers and of the classes of tiles, which belong together
+TILE = 4, 32  # rows and columns, of the layers and of the classes of tiles, which belong together
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,15 @@ SOFTMAX = {
     128: LaunchConfig(2, 32, 8),
     256: LaunchConfig(1, 32, 8),
 }
-LAYER = {16: LaunchConfig(TILE_H, TILE_W, 4, 3), 32: LaunchConfig(TILE_H, TILE_W, 4, 3), 64: LaunchConfig(TILE_H, TILE_W, 8, 3)}
+LAYER = {16: LaunchConfig(*TILE, 4, 3), 32: LaunchConfig(*TILE, 4, 3), 64: LaunchConfig(*TILE, 8, 3)}
 LOGITS_GRAD = {
     16: LaunchConfig(4, 32, 4, 3),
     32: LaunchConfig(4, 32, 4, 3),
     64: LaunchConfig(4, 32, 8, 3),
     128: LaunchConfig(2, 32, 8, 2),
-    256: LaunchConfig(2, 32, 8, 2),
+    256: LaunchConfig(1, 32, 8, 2),
 }
+LAYER_BWD_FP32 = {**LAYER, 64: LaunchConfig(2, 32, 8, 3)}  # 128 pixels spill on sm_80
 
 
 def power_of_two(x: int, least: int = 16) -> int:
@@ -102,6 +103,7 @@ class Plan:
     dtype: torch.dtype  # of activations and matrix products; see `storage_dtype`
     layers: tuple[LayerPlan, ...]
     soft: bool
+    tile: tuple[int, int] = TILE  # a multiple of TILE; blocks of pixels of all kernels grow with it
 
     @property
     def classes(self) -> int:
@@ -150,17 +152,31 @@ class Plan:
             offsets.append(offsets[-1] + (size + 15) // 16 * 16)
         return offsets
 
-    def softmax_config(self) -> LaunchConfig:
-        """Of the softmax kernel."""
-        return SOFTMAX[self.block_c]
+    def softmax_config(self, channels_last: bool) -> LaunchConfig:
+        """Of the softmax kernel; classes that are adjacent in memory are spread over fewer threads."""
+        config = self._scaled(SOFTMAX[self.block_c])
+        return replace(config, num_warps=8) if channels_last else config
 
     def layer_config(self, layer: LayerPlan) -> LaunchConfig:
-        """Of one layer, forward or backward."""
-        return LAYER[max(layer.out_pad, min(layer.in_pad, 64) if layer.number else 16)]
+        """Of one layer forward."""
+        return self._scaled(LAYER[max(layer.out_pad, min(layer.in_pad, 64) if layer.number else 16)])
+
+    def layer_bwd_config(self, layer: LayerPlan) -> LaunchConfig:
+        """Of one layer backward."""
+        table = LAYER_BWD_FP32 if self.dtype == torch.float32 else LAYER
+        return self._scaled(table[max(layer.out_pad, layer.in_pad)])
 
     def logits_grad_config(self) -> LaunchConfig:
         """Of the kernel that writes the gradient."""
-        return LOGITS_GRAD[self.block_c]
+        return self._scaled(LOGITS_GRAD[self.block_c])
+
+    def tile_config(self) -> LaunchConfig:
+        """Of the kernel that finds the classes of tiles."""
+        return LaunchConfig(*self.tile, 1)
+
+    def _scaled(self, config: LaunchConfig) -> LaunchConfig:
+        rows, columns = self.tile[0] // TILE[0], self.tile[1] // TILE[1]
+        return replace(config, block_h=config.block_h * rows, block_w=config.block_w * columns)
 
     def tiles(self, config: LaunchConfig) -> tuple[int, int, int]:
         """Tiles in a row, in an image, and in all."""
@@ -177,7 +193,13 @@ def storage_dtype(config: FusedConfig, logits_dtype: torch.dtype) -> torch.dtype
     return torch.float32 if logits_dtype == torch.float32 or config.per_pixel else torch.float16
 
 
-def make_plan(config: FusedConfig, shape: tuple[int, int, int], logits_dtype: torch.dtype, soft: bool) -> Plan:
+def make_plan(
+    config: FusedConfig,
+    shape: tuple[int, int, int],
+    logits_dtype: torch.dtype,
+    soft: bool,
+    tile: tuple[int, int] = TILE,
+) -> Plan:
     """The plan of logits [N, ., H, W], shape = (N, H, W)."""
     layers = []
     post, l1 = config.tap == "post", config.distance == "l1"
@@ -207,4 +229,4 @@ def make_plan(config: FusedConfig, shape: tuple[int, int, int], logits_dtype: to
             )
         )
     n, h, w = shape
-    return Plan(config, n, h, w, storage_dtype(config, logits_dtype), tuple(layers), soft)
+    return Plan(config, n, h, w, storage_dtype(config, logits_dtype), tuple(layers), soft, tile)

@@ -91,7 +91,7 @@ def softmax_fwd_kernel(
     exponential = tl.exp(shifted)
     total = tl.sum(exponential, axis=1)
     p = exponential / total[:, None]
-    log_p = shifted - tl.log(total)[:, None]
+    log_p = tl.where(real[None, :], shifted - tl.log(total)[:, None], 0.0)
 
     # 3. cross-entropy; selected, not multiplied by the one-hot map: 0 * -inf is NaN
     weight = tl.full([BLOCK_C], 1.0, tl.float32)
@@ -102,7 +102,7 @@ def softmax_fwd_kernel(
             target, n, y, x, v, t_stride_n, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL
         )
         smoothed = (1.0 - label_smoothing) * goal + label_smoothing / C
-        ce = -tl.sum(tl.where(real[None, :], weight[None, :] * smoothed * log_p, 0.0), axis=1)
+        ce = -tl.sum(weight[None, :] * smoothed * log_p, axis=1)
         ce_weight = tl.where(v, 1.0, 0.0)
     else:
         hit = c[None, :] == label[:, None]
@@ -110,7 +110,7 @@ def softmax_fwd_kernel(
         own = tl.sum(goal * weight[None, :], axis=1)
         ce = -(1.0 - label_smoothing) * own * tl.sum(tl.where(hit, log_p, 0.0), axis=1)
         if HAS_SMOOTHING:
-            ce -= label_smoothing / C * tl.sum(tl.where(real[None, :], weight[None, :] * log_p, 0.0), axis=1)
+            ce -= label_smoothing / C * tl.sum(weight[None, :] * log_p, axis=1)
         ce_weight = tl.where(v, own, 0.0)
     ce = tl.where(v, ce, 0.0)
     ce = tl.where(bad, float("nan"), ce)

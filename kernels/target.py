@@ -53,19 +53,63 @@ def tile_class_kernel(
         tl.store(classes + number * tiles + tile, tl.where(one, low, -1).to(tl.int16))
 
 
+@triton.jit
+def pack_weights(
+    weight, bias, packed, packed_bias, program, C: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of the packed weights; the first program moves the bias, too."""
+    k = tl.arange(0, OUT)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    out = at % OUT
+    channel = at // OUT % IN
+    tap = at // OUT // IN
+    real = (out < K) & (channel < C) & (tap < TAPS)
+    value = tl.load(weight + (out * C + channel) * TAPS + tap, mask=real, other=0.0)
+    tl.store(packed + at, to_storage(value, DTYPE), mask=tap < TAPS)
+    if program == 0:
+        tl.store(packed_bias + k, tl.load(bias + k, mask=k < K, other=0.0))
+
+
+@triton.jit
+def fill_table(
+    weight, bias, before, table, activated, first, C: tl.constexpr, K: tl.constexpr, CLASSES: tl.constexpr,
+    TAPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, first + BLOCK_C) of the table."""
+    k = tl.arange(0, OUT)
+    c = first + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_C, OUT], tl.float32) + tl.load(bias + k, mask=k < K, other=0.0)[None, :]
+    if before is None:
+        for tap in range(TAPS):
+            at = (k[None, :] * C + c[:, None]) * TAPS + tap
+            total += tl.load(weight + at, mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
+    else:
+        for channel in range(C):
+            column = tl.zeros([OUT], tl.float32)
+            for tap in range(TAPS):
+                column += tl.load(weight + (k * C + channel) * TAPS + tap, mask=k < K, other=0.0)
+            value = tl.load(before + c * IN + channel, mask=c <= CLASSES, other=0.0).to(tl.float32)
+            total += value[:, None] * column[None, :]
+    at = c[:, None] * OUT + k[None, :]
+    stored = (c <= CLASSES)[:, None]
+    tl.store(table + at, total, mask=stored)
+    tl.store(activated + at, to_storage(tl.maximum(total, 0.0), DTYPE), mask=stored)
+
+
 @triton.jit(do_not_specialize=["pack_programs"])
 def prepare_kernel(
     weight,  # [K, C, KSIZE, KSIZE] fp32 of this layer
     bias,  # [K] fp32
     packed,  # [KSIZE * KSIZE, IN, OUT], zero where padded
     packed_bias,  # [OUT] fp32
-    before,  # [C_0 + 1, IN] relu of the table of the layer before; None for the first layer
-    table,  # [C_0 + 1, OUT] fp32, or None
-    activated,  # [C_0 + 1, OUT] relu of it
+    before,  # [CLASSES + 1, IN] relu of the table of the layer before; None for the first layer
+    table,  # [CLASSES + 1, OUT] fp32, or None
+    activated,  # [CLASSES + 1, OUT] relu of it
     pack_programs,
     C: tl.constexpr,  # input channels of this layer
     K: tl.constexpr,
-    CLASSES: tl.constexpr,  # C_0
+    CLASSES: tl.constexpr,
     TAPS: tl.constexpr,
     IN: tl.constexpr,
     OUT: tl.constexpr,
@@ -75,32 +119,8 @@ def prepare_kernel(
 ):
     """The first programs put the weights in the kernels' order, the others fill BLOCK_C rows of the table each."""
     program = tl.program_id(0)
-    k = tl.arange(0, OUT)
     if program < pack_programs:
-        at = program * BLOCK + tl.arange(0, BLOCK)
-        out = at % OUT
-        channel = at // OUT % IN
-        tap = at // OUT // IN
-        real = (out < K) & (channel < C) & (tap < TAPS)
-        value = tl.load(weight + (out * C + channel) * TAPS + tap, mask=real, other=0.0)
-        tl.store(packed + at, to_storage(value, DTYPE), mask=tap < TAPS)
-        if program == 0:
-            tl.store(packed_bias + k, tl.load(bias + k, mask=k < K, other=0.0))
+        pack_weights(weight, bias, packed, packed_bias, program, C, K, TAPS, IN, OUT, BLOCK, DTYPE)
     elif table is not None:
-        c = (program - pack_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
-        total = tl.zeros([BLOCK_C, OUT], tl.float32) + tl.load(bias + k, mask=k < K, other=0.0)[None, :]
-        if before is None:
-            for tap in range(TAPS):
-                at = (k[None, :] * C + c[:, None]) * TAPS + tap
-                real = (k < K)[None, :] & (c < C)[:, None]
-                total += tl.load(weight + at, mask=real, other=0.0)
-        else:
-            for channel in range(C):
-                column = tl.zeros([OUT], tl.float32)
-                for tap in range(TAPS):
-                    column += tl.load(weight + (k * C + channel) * TAPS + tap, mask=k < K, other=0.0)
-                value = tl.load(before + c * IN + channel, mask=c <= CLASSES, other=0.0).to(tl.float32)
-                total += value[:, None] * column[None, :]
-        stored = (c <= CLASSES)[:, None] & (k < OUT)[None, :]
-        tl.store(table + c[:, None] * OUT + k[None, :], total, mask=stored)
-        tl.store(activated + c[:, None] * OUT + k[None, :], to_storage(tl.maximum(total, 0.0), DTYPE), mask=stored)
+        first = (program - pack_programs) * BLOCK_C
+        fill_table(weight, bias, before, table, activated, first, C, K, CLASSES, TAPS, IN, OUT, BLOCK_C, DTYPE)

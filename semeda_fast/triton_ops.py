@@ -15,12 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .checks import check_labels
 from .config import FusedConfig
 from .fused import FusedOps, Outputs, Problem, Saved
 from .spec import LossSpec
 
 MAX_CLASSES = 256  # kernels/plan.py, which cannot be imported without Triton
 MIN_CAPABILITY = (8, 0)
+INTERPRETER_TILE = (16, 64)  # there each program costs the same whatever its size, some 40 ms
 
 
 def interpreted() -> bool:
@@ -82,8 +84,9 @@ def _launches() -> ModuleType:
 
 def _plan(problem: Problem):  # type: ignore[no-untyped-def]  # of a module that needs Triton
     n, _, h, w = problem.logits.shape
-    make_plan = importlib.import_module("semeda_fast.kernels.plan").make_plan
-    return make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point())
+    module = importlib.import_module("semeda_fast.kernels.plan")
+    tile = INTERPRETER_TILE if interpreted() else module.TILE
+    return module.make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point(), tile)
 
 
 def _inputs(problem: Problem):  # type: ignore[no-untyped-def]
@@ -140,12 +143,23 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
         outputs.ce_weight.copy_(terms[2])
         outputs.per_layer.copy_(terms[3:])
         outputs.valid_count.copy_(counts[0])
-        if config.check_labels and not problem.target.is_floating_point():
-            torch._assert_async(
-                counts[1] == 0,
-                "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
-                "run once with validate='always' to see which",
-            )
+    if config.check_labels and not problem.target.is_floating_point():
+        _assert_labels(problem, counts[1])
+
+
+def _assert_labels(problem: Problem, bad: Tensor) -> None:
+    """An asynchronous assert; on the CPU, where the interpreter runs, the error of the checks at once."""
+    if bad.device.type == "cpu":
+        if int(bad):
+            config = problem.config
+            spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
+            check_labels(problem.logits, problem.target, problem.valid, spec)
+        return
+    torch._assert_async(
+        bad == 0,
+        "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
+        "run once with validate='always' to see which",
+    )
 
 
 def _backward(

@@ -12,6 +12,10 @@ from semeda_fast.functional import LossComponents
 
 # What rounding alone may cost where the reference happens to be exact, relative to the oracle's norm.
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# Backends that multiply half-precision logits in fp16 on tensor cores: features whose difference lies within rounding
+# flip the sign of their L1 gradient. Seen on street scenes: 1.0e-2 with the default proxy, 0.6e-2 wide, 1.7e-2 deep.
+HALF_PRODUCTS = ("triton", "cuda")
+HALF_PRODUCTS_GRADIENT_FLOOR = 2e-2
 NUM_CLASSES = 5
 VOID = 255
 
@@ -96,8 +100,10 @@ def assert_within_budget(
     oracle = run("reference", logits.detach().double(), wide_target)
     reference = run("reference", logits, target)
     ours = run(backend, logits, target)
-    floor = FLOOR[logits.dtype]
     for what, a, b, exact in zip(("loss", "gradient"), ours, reference, oracle, strict=True):
+        floor = FLOOR[logits.dtype]
+        if what == "gradient" and backend in HALF_PRODUCTS and logits.dtype in (torch.float16, torch.bfloat16):
+            floor = HALF_PRODUCTS_GRADIENT_FLOOR
         budget = 2 * relative_error(b, exact) + floor
         error = relative_error(a, exact)
         assert error <= budget, f"{what}: error {error:.3g} above the budget {budget:.3g}"
