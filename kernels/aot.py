@@ -1,8 +1,8 @@
 """Compiles launches ahead of time for a GPU that need not be there, and reads off what the compiler made of them.
 
-    python -m semeda_fast.kernels.aot                       # a table of all kernels and configurations
-    python -m semeda_fast.kernels.aot --check FILE.json     # exit code 1 where something got worse than in the file
-    python -m semeda_fast.kernels.aot --write FILE.json
+python -m semeda_fast.kernels.aot                       # a table of all kernels and configurations
+python -m semeda_fast.kernels.aot --check FILE.json     # exit code 1 where something got worse than in the file
+python -m semeda_fast.kernels.aot --write FILE.json
 """
 
 from __future__ import annotations
@@ -60,54 +60,27 @@ class Resources:
 
 def cases() -> Iterator[tuple[str, FusedConfig, torch.dtype, bool, bool]]:
     """Name, configuration, logits' dtype, whether the target is soft, whether logits are channels_last."""
-
-    def make(channels: tuple[int, ...], **options: Any) -> FusedConfig:
-        layers = len(channels) - 1
-        defaults: dict[str, Any] = {
-            "channels": channels, "sizes": (3,) * layers, "layer_weights": (1.0,) * layers,
-            "layer_scales": (1.0,) * layers, "tap": "pre", "distance": "l1", "ignore_index": 255,
-            "label_smoothing": 0.0, "mode": "multiclass", "per_pixel": False,
-        }  # fmt: skip
-        return FusedConfig(**{**defaults, **options})
-
     half, full = torch.bfloat16, torch.float32
-    yield "default", make((21, 16, 32, 2)), half, False, False
-    yield "default-channels_last", make((21, 16, 32, 2)), half, False, True
-    yield "default-fp32", make((21, 16, 32, 2)), full, False, False
-    yield "wide", make((21, 32, 64, 64)), half, False, False
-    yield "wide-fp32", make((21, 32, 64, 64)), full, False, False
-    yield "classes-150", make((150, 16, 32, 2)), half, False, False
-    yield "classes-256-fp32", make((256, 16, 32, 2)), full, False, False
-    yield "classes-64", make((64, 16, 32, 2)), half, False, False
-    yield "post-l2-maps", make((21, 16, 32, 2), tap="post", distance="l2", per_pixel=True), half, False, False
-    yield "soft-smooth_l1", make((21, 16, 32, 2), distance="smooth_l1"), half, True, False
+    default = (21, 16, 32, 2)
+    yield "default", make_config(default), half, False, False
+    yield "default-channels_last", make_config(default), half, False, True
+    yield "default-fp32", make_config(default), full, False, False
+    yield "wide", make_config((21, 32, 64, 64)), half, False, False
+    yield "wide-fp32", make_config((21, 32, 64, 64)), full, False, False
+    yield "deep", make_config((21, 16, 32, 32, 16)), half, False, False
+    yield "binary", make_config((2, 16, 32, 2), mode="binary"), half, False, False
+    yield "classes-64", make_config((64, 16, 32, 2)), half, False, False
+    yield "classes-150", make_config((150, 16, 32, 2)), half, False, False
+    yield "classes-256-fp32", make_config((256, 16, 32, 2)), full, False, False
+    yield "post-l2-maps", make_config(default, tap="post", distance="l2", per_pixel=True), half, False, False
+    yield "soft-smooth_l1", make_config(default, distance="smooth_l1"), half, True, False
 
 
 def launches_of(
     config: FusedConfig, dtype: torch.dtype, soft: bool, channels_last: bool, shape: tuple[int, int, int] = (2, 72, 160)
 ) -> list[Launch]:
     """What forward and backward would launch, on tensors without memory."""
-    n, h, w = shape
-    channels = 1 if config.mode == "binary" else config.channels[0]
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    logits = torch.empty((n, channels, h, w), dtype=dtype, device="meta").contiguous(memory_format=order)
-    new = logits.new_empty
-    target = new((n, channels, h, w), dtype=torch.float32) if soft else new((n, h, w), dtype=torch.int64)
-    plan = make_plan(config, shape, dtype, soft)
-    inputs = Inputs(logits, target, None, None, new(config.parameters, dtype=torch.float32))
-    maps = (n, h, w) if config.per_pixel else (1,)
-    codes, saved = new(plan.code_offsets[-1], dtype=torch.uint8), new(plan.saved_offsets[-1], dtype=plan.dtype)
-    outputs: dict[str, Tensor | None] = {
-        "terms": new(3 + len(plan.layers), dtype=torch.float32),
-        "counts": new(2, dtype=torch.int64),
-        "codes": codes,
-        "saved": saved,
-        "ce_map": new(maps, dtype=torch.float32) if config.per_pixel else None,
-        "semeda_map": new(maps, dtype=torch.float32) if config.per_pixel else None,
-    }
-    d = new(maps, dtype=torch.float32)
-    forward = forward_launches(plan, inputs, outputs, "tf32x3")
-    backward = backward_launches(plan, inputs, codes, saved, d, d, torch.empty_like(logits), "tf32x3")
+    forward, backward = passes_of(config, dtype, soft, channels_last, shape)
     return [*forward, *backward]
 
 
@@ -157,7 +130,14 @@ def _ptxas(ptx: str, version: int | None, architecture: int) -> tuple[int, int, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [_ptxas_path(architecture), "-v", f"--gpu-name=sm_{architecture}{suffix}", str(path), "-o", os.devnull]
+        command = [
+            _ptxas_path(architecture),
+            "-v",
+            f"--gpu-name=sm_{architecture}{suffix}",
+            str(path),
+            "-o",
+            os.devnull,
+        ]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         raise RuntimeError(f"ptxas failed: {found.stderr}")

@@ -111,6 +111,6 @@ def read_distribution(
 @triton.jit
 def to_storage(value, DTYPE: tl.constexpr):
     """fp32 -> the dtype of activations; saturated, since fp16 ends at 65504."""
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
     return value.to(DTYPE)

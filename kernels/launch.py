@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .layers import layer_bwd_kernel, layer_fwd_kernel
 from .logits_grad import logits_bwd_kernel
-from .plan import MAX_LAYERS, LaunchConfig, LayerPlan, Plan, power_of_two
+from .plan import MAX_LAYERS, LaunchConfig, Plan, power_of_two
 from .reduction import finish_kernel, sum_kernel
 from .softmax import softmax_fwd_kernel
 from .target import prepare_kernel, tile_class_kernel

@@ -74,7 +74,7 @@ def load_seed(
     OUT: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
-    """(7) without its constant factor: coefficient * rho'(d) [pixels, OUT], times the upstream map where there is one."""
+    """(7) without its constant factor: coefficient * rho'(d) [pixels, OUT], times the upstream map if there is one."""
     if DISTANCE == L1:
         above = load_bits(codes, 0, row, P, inside, OUT)
         below = load_bits(codes, 1, row, P, inside, OUT)
@@ -83,10 +83,7 @@ def load_seed(
         k = tl.arange(0, OUT)
         mask = inside[:, None] & (k < K)[None, :]
         d = tl.load(saved + row[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        if DISTANCE == L2:
-            slope = 2.0 * d
-        else:
-            slope = tl.minimum(tl.maximum(d, -1.0), 1.0)
+        slope = 2.0 * d if DISTANCE == L2 else tl.minimum(tl.maximum(d, -1.0), 1.0)
     seed = coefficient * slope
     if upstream is not None:
         seed = seed * tl.load(upstream + row, mask=inside, other=0.0)[:, None]
@@ -336,9 +333,7 @@ def gradient_products(
     return total
 
 
-@triton.jit(
-    do_not_specialize=["H", "W", "P", "tiles_x", "tiles_per_image", "seed_coefficient", "prev_coefficient"]
-)
+@triton.jit(do_not_specialize=["H", "W", "P", "tiles_x", "tiles_per_image", "seed_coefficient", "prev_coefficient"])
 def layer_bwd_kernel(
     d_t,  # [P, OUT], or None in the last layer
     codes,

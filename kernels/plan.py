@@ -45,7 +45,7 @@ LOGITS_GRAD = {
     128: LaunchConfig(2, 32, 8, 2),
     256: LaunchConfig(1, 32, 8, 2),
 }
-LAYER_BWD_FP32 = {**LAYER, 64: LaunchConfig(2, 32, 8, 3)}  # 128 pixels spill on sm_80
+LAYER_BWD_FP32 = {**LAYER, 64: LaunchConfig(1, 32, 8, 3)}  # 64 pixels or more spill on sm_80 where seeds come from codes
 
 
 def power_of_two(x: int, least: int = 16) -> int:
@@ -209,10 +209,8 @@ def make_plan(
         inverse = 1 / (k * config.layer_scales[number])
         block_k = 16 if c <= 16 else 32
         in_pad = -(-c // block_k) * block_k if number == 0 else power_of_two(c)
-        if l1:
-            planes = 2 if post or number == last else 3
-        else:
-            planes = 0 if number == last else 1
+        off_or_signs = 2 if post or number == last else 3
+        planes = off_or_signs if l1 else int(number != last)
         layers.append(
             LayerPlan(
                 number=number,

@@ -1,7 +1,7 @@
 """Sums of the tiles' partial sums, in an order that depends on the number of tiles alone.
 
-    partial [rows, tiles] fp32     each row: cross-entropy, its divisor, valid pixels, bad labels, layer 1, 2, ...
-    sums    [rows]        fp64
+partial [rows, tiles] fp32     each row: cross-entropy, its divisor, valid pixels, bad labels, layer 1, 2, ...
+sums    [rows]        fp64
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The target's branch away from label edges: classes of whole tiles, and the tables that replace convolutions.
 
-    tiles [reaches, T]  the class that fills a tile and `reach` pixels around it, or -1: near an edge or the image's
-                        border, where zero padding changes features. Void counts as class C.
-    table [C + 1, OUT]  t_l(q) inside a region of one class (void: the zero vector), fp32; and relu of it as stored
+tiles [reaches, T]  the class that fills a tile and `reach` pixels around it, or -1: near an edge or the image's
+                    border, where zero padding changes features. Void counts as class C.
+table [C + 1, OUT]  t_l(q) inside a region of one class (void: the zero vector), fp32; and relu of it as stored
 """
 
 from __future__ import annotations

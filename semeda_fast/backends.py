@@ -206,7 +206,7 @@ register(
     Backend(
         "triton",
         triton_ops.run,
-        ("cuda", "cpu") if triton_ops.interpreted() else ("cuda",),
+        ("cuda", "xpu", "cpu") if triton_ops.interpreted() else ("cuda", "xpu"),
         triton_ops.why_unavailable,
         triton_ops.why_unsupported,
         fused=True,

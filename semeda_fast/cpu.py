@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_labels
 from .config import FusedConfig
-from .fused import FusedOps, Outputs, Problem, Saved
+from .fused import FusedOps, Outputs, Problem, Saved, why_not_taken
 from .native import native_info, native_module, tensor_view
 from .spec import DISTANCES, TAPS, LossSpec
 
@@ -26,17 +26,7 @@ def why_unavailable() -> str | None:
 
 def why_unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
     """What these kernels leave to the reference, or None. Looks at metadata only."""
-    if logits.dtype == torch.float64:
-        return "the fused CPU kernels compute in float32, and the logits are float64"
-    if not spec.from_logits:
-        return "the fused CPU kernels take logits, not probabilities (from_logits=False)"
-    if weights[0].shape[1] > MAX_CLASSES:
-        return f"the fused CPU kernels take up to {MAX_CLASSES} classes, the proxy has {weights[0].shape[1]}"
-    for number, weight in enumerate(weights):
-        rows, columns = weight.shape[2:]
-        if rows != columns or rows % 2 == 0:
-            return f"the proxy's layer {number} has a kernel of {rows}x{columns}; the fused kernels take odd squares"
-    return None
+    return why_not_taken("the fused CPU kernels", MAX_CLASSES, logits, weights, spec)
 
 
 def code_bytes(channels: Sequence[int], width: int, tap: str, distance: str) -> int:

@@ -53,6 +53,23 @@ BackwardFunction = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Tensor], N
 SavedFunction = Callable[[Tensor, FusedConfig], Saved]
 
 
+def why_not_taken(
+    whose: str, max_classes: int, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec
+) -> str | None:
+    """What all fused kernels leave to the reference, or None; `whose` names the kernels. Looks at metadata only."""
+    if logits.dtype == torch.float64:
+        return f"{whose} compute in float32 at most, and the logits are float64"
+    if not spec.from_logits:
+        return f"{whose} take logits, not probabilities (from_logits=False)"
+    if weights[0].shape[1] > max_classes:
+        return f"{whose} take up to {max_classes} classes, the proxy has {weights[0].shape[1]}"
+    for number, weight in enumerate(weights):
+        rows, columns = weight.shape[2:]
+        if rows != columns or rows % 2 == 0:
+            return f"the proxy's layer {number} has a kernel of {rows}x{columns}; {whose} take odd squares"
+    return None
+
+
 # Defined by hand: what torch.library.custom_op wraps around a function costs 0.1 ms a call.
 _library = torch.library.Library("semeda_fast", "FRAGMENT")
 _EMPTY = Saved((0,), (0,), torch.float32)
@@ -80,8 +97,8 @@ class FusedOps:
         tags = (torch.Tag.pt2_compliant_tag,)
         _library.define(
             f"{name}_forward(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor flat, "
-            "str config, bool save) -> (Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count, "
-            "Tensor codes, Tensor saved_d)",
+            "str config, bool save) -> (Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, "
+            "Tensor valid_count, Tensor codes, Tensor saved_d)",
             tags=tags,
         )
         _library.define(

@@ -10,17 +10,20 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .checks import check_labels
-from .config import FusedConfig
-from .fused import FusedOps, Outputs, Problem, Saved
+from .config import FusedConfig, config_text, parse_config
+from .fused import FusedOps, Outputs, Problem, Saved, why_not_taken
+from .kernels.plan import MAX_CLASSES, TILE, Plan, make_plan
 from .spec import LossSpec
 
-MAX_CLASSES = 256  # kernels/plan.py, which cannot be imported without Triton
 MIN_CAPABILITY = (8, 0)
 INTERPRETER_TILE = (16, 64)  # there each program costs the same whatever its size, some 40 ms
 
@@ -34,7 +37,7 @@ def interpreted() -> bool:
 def _load() -> tuple[ModuleType | None, str]:
     """The launches, or None and the reason."""
     if importlib.util.find_spec("triton") is None:
-        return None, "Triton is not installed; install it with: pip install triton (PyTorch for CUDA on Linux brings it)"
+        return None, "Triton is not installed (torch for CUDA brings it on Linux): pip install triton"
     try:
         return importlib.import_module("semeda_fast.kernels.launch"), ""
     except Exception as error:  # any version of Triton may fail in its own way, and none may break the import of this
@@ -43,35 +46,61 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def why_unavailable() -> str | None:
     """None where the kernels can run on some device of this machine, else the cause and the remedy."""
-    if not interpreted() and not torch.cuda.is_available():
-        return "torch sees no GPU here; the Triton kernels run on CUDA tensors"
+    if not (interpreted() or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "torch sees no GPU here, and the Triton kernels run on CUDA tensors; use backend='auto' or 'reference'"
     return None if _load()[0] is not None else _load()[1]
 
 
 def why_unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
-    """What these kernels leave to the reference, or None. Looks at metadata only."""
-    if logits.dtype == torch.float64:
-        return "the Triton kernels compute in float32 at most, and the logits are float64"
-    if not spec.from_logits:
-        return "the Triton kernels take logits, not probabilities (from_logits=False)"
-    if weights[0].shape[1] > MAX_CLASSES:
-        return f"the Triton kernels take up to {MAX_CLASSES} classes, the proxy has {weights[0].shape[1]}"
-    for number, weight in enumerate(weights):
-        rows, columns = weight.shape[2:]
-        if rows != columns or rows % 2 == 0:
-            return f"the proxy's layer {number} has a kernel of {rows}x{columns}; the fused kernels take odd squares"
-    if logits.device.type == "cuda" and not interpreted():
-        return _why_not_on(logits.device.index)
+    """What these kernels leave to the reference, or None. Reads no data; compiles on the first call for a proxy."""
+    reason = why_not_taken("the Triton kernels", MAX_CLASSES, logits, weights, spec)
+    if reason is not None:
+        return reason
+    if not _is_compiled_for(logits.device):
+        return None
+    reason = _why_not_on(logits.device)
+    if reason is None:
+        order = torch.channels_last if logits.stride(1) == 1 else torch.contiguous_format
+        reason = trial(config_text(weights, spec, False), logits.dtype, order, logits.device)
+    return reason
+
+
+def _is_compiled_for(device: torch.device) -> bool:
+    return device.type != "cpu" and not interpreted()
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    """Whether a GPU is too old."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        have, need = ".".join(map(str, capability)), ".".join(map(str, MIN_CAPABILITY))
+        return f"the Triton kernels need a GPU of compute capability {need}, this one has {have}"
     return None
 
 
 @functools.cache
-def _why_not_on(index: int | None) -> str | None:
-    """Whether a GPU is too old."""
-    capability = torch.cuda.get_device_capability(index)
-    if torch.version.hip is None and capability < MIN_CAPABILITY:
-        have, need = ".".join(map(str, capability)), ".".join(map(str, MIN_CAPABILITY))
-        return f"the Triton kernels need a GPU of compute capability {need}, this one has {have}"
+def trial(config: str, dtype: torch.dtype, order: torch.memory_format, device: torch.device) -> str | None:
+    """Why the kernels do not run on a device, found out on a tiny image before they are relied on; None where they do.
+
+    Costs nothing beside: kernels are compiled for no particular size, so the first real call finds them compiled.
+    """
+    settings = parse_config(config)
+    channels = 1 if settings.mode == "binary" else settings.channels[0]
+    try:
+        with _disable_current_modes(), torch.no_grad():  # while a compiler traces, tensors would be fakes
+            logits = torch.zeros((1, channels, 8, 8), dtype=dtype, device=device).contiguous(memory_format=order)
+            target = torch.zeros((1, 8, 8), dtype=torch.int64, device=device)
+            flat = torch.zeros(settings.parameters, device=device)
+            problem = Problem(logits, target, None, None, flat, settings)
+            outputs = ops.outputs(logits, settings, True)
+            _forward(problem, outputs)
+            _backward(problem, outputs.codes, outputs.saved_d, outputs.ce, outputs.semeda, torch.empty_like(logits))
+    except Exception as error:  # each version of Triton and each driver fails in its own way
+        first = next(iter(str(error).strip().splitlines()), "")
+        return f"the Triton kernels do not compile or run on {device}: {type(error).__name__}: {first}"
     return None
 
 
@@ -82,14 +111,13 @@ def _launches() -> ModuleType:
     return module
 
 
-def _plan(problem: Problem):  # type: ignore[no-untyped-def]  # of a module that needs Triton
+def _plan(problem: Problem) -> Plan:
     n, _, h, w = problem.logits.shape
-    module = importlib.import_module("semeda_fast.kernels.plan")
-    tile = INTERPRETER_TILE if interpreted() else module.TILE
-    return module.make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point(), tile)
+    tile = INTERPRETER_TILE if interpreted() else TILE
+    return make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point(), tile)
 
 
-def _inputs(problem: Problem):  # type: ignore[no-untyped-def]
+def _inputs(problem: Problem) -> Any:
     def bytes_of(tensor: Tensor | None) -> Tensor | None:
         return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
 
@@ -100,24 +128,15 @@ def _inputs(problem: Problem):  # type: ignore[no-untyped-def]
 
 
 def _precision() -> str:
-    """Of fp32 products: three tf32 products give fp32's accuracy on tensor cores; AMD's have none."""
-    return "ieee" if torch.version.hip is not None else "tf32x3"
+    """Of fp32 products: three tf32 products give fp32's accuracy on Nvidia's tensor cores."""
+    return "tf32x3" if torch.version.cuda is not None else "ieee"
 
 
 def saved(logits: Tensor, config: FusedConfig) -> Saved:
-    """What is kept for backward; see kernels/plan.py."""
+    """What is kept for backward."""
     n, _, h, w = logits.shape
-    pixels = n * h * w
-    codes, kept = 0, 0
-    l1, post = config.distance == "l1", config.tap == "post"
-    last = len(config.sizes) - 1
-    for number, k in enumerate(config.channels[1:]):
-        planes = (2 if post or number == last else 3) if l1 else int(number != last)
-        word = 1 if k <= 8 else 2 if k <= 16 else 4 * ((k + 31) // 32)
-        codes += (planes * word * pixels + 15) // 16 * 16
-        kept += 0 if l1 else (k * pixels + 15) // 16 * 16
-    half = logits.dtype != torch.float32 and not config.per_pixel
-    return Saved((codes,), (kept,), torch.float16 if half else torch.float32)
+    plan = make_plan(config, (n, h, w), logits.dtype, soft=False)
+    return Saved((plan.code_offsets[-1],), (plan.saved_offsets[-1],), plan.dtype)
 
 
 def _forward(problem: Problem, outputs: Outputs) -> None:
@@ -176,9 +195,13 @@ def _backward(
         module.run_all(launches)
 
 
-def _on(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device: it becomes the tensor's; for others than CUDA, nothing happens."""
-    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, so that becomes the tensor's."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device(tensor.device)
+    return context
 
 
-run = FusedOps("triton", ("CUDA", "XPU", "CPU") if interpreted() else ("CUDA", "XPU"), saved, _forward, _backward).run
+ops = FusedOps("triton", ("CUDA", "XPU", "CPU") if interpreted() else ("CUDA", "XPU"), saved, _forward, _backward)
+run = ops.run

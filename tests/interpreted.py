@@ -1,0 +1,53 @@
+"""Which guarantee tests the Triton backend takes part in where it runs in Triton's interpreter.
+
+There a loss and its gradient take seconds, whatever the size of the image, so by default each guarantee is shown once;
+SEMEDA_FAST_INTERPRETER=full runs all of them (half an hour on two cores). On a GPU every one of them runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+# Larger than what the interpreter can do in minutes.
+NEVER = ("test_half_precision_stays_finite_at_512",)
+# name -> a pattern that the parameters contain, the backend's and device's left out
+CHOSEN = {
+    "test_error_budget": r"l1-pre|l2-post-dtype1|smooth_l1-pre-dtype2",
+    "test_layouts": r"dtype1-channels_last|dtype0-sliced|dtype2-every_other",
+    "test_the_loss_is_fp32": r"dtype1",
+    "test_label_widths_agree": r"labels0",
+    "test_expanded_logits_and_labels": "",
+    "test_ignore_index_may_be_a_class": "",
+    "test_class_counts": r"^1$|^150",
+    "test_sizes": r"1-1-1|2-5-1|1-7-7",
+    "test_one_channel_is_binary": "",
+    "test_soft_targets_within_the_budget": "",
+    "test_void_logits_change_nothing": r"mean-nan|none-inf",
+    "test_everything_ignored_or_empty": r"shape0-mean|shape1-mean",
+    "test_empty_nan_is_torchs_nan": "",
+    "test_label_out_of_range": "",
+    "test_unchecked_bad_labels_make_nan_not_garbage": r"mean-5|none--1$",
+    "test_nan_logits_make_a_nan_loss_or_an_error": "",
+    "test_compile_static": r"mean",
+    "test_second_derivatives": "",
+    "test_deterministic_algorithms": "",
+    "test_no_gradient_asked_for": "",
+    "test_inputs_are_never_modified": "",
+    "test_backward_twice_with_retain_graph": "",
+    "test_uninitialised_memory_is_never_read": "",
+    "test_the_case_list_comes_from_the_registry": "",
+}
+
+
+def wanted(name: str, backend: str, device: str) -> bool:
+    """Whether a guarantee test, such as "test_sizes[triton-cpu-1-1-1]", runs."""
+    if (backend, device) != ("triton", "cpu"):
+        return True
+    base, _, parameters = name.rstrip("]").partition("[")
+    if base in NEVER:
+        return False
+    if os.environ.get("SEMEDA_FAST_INTERPRETER") == "full":
+        return True
+    parameters = parameters.replace("triton-cpu", "").strip("-")
+    return base in CHOSEN and bool(re.search(CHOSEN[base], parameters))
