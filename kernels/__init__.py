@@ -1,7 +1,7 @@
-"""Triton kernels of semeda_fast, imported as `semeda_fast.kernels`; none exist in this version.
+"""Triton kernels of semeda_fast, imported as `semeda_fast.kernels`.
 
-The folder README derives the forward and backward formulas that they will implement. Importing this
-package needs neither Triton nor a GPU.
+Importing this package, and `plan`, needs neither Triton nor a GPU. README.md derives the formulas that the kernels
+cite; `launch` is what the backend runs.
 """
 
 from __future__ import annotations

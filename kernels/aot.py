@@ -1,8 +1,13 @@
 """Compiles launches ahead of time for a GPU that need not be there, and reads off what the compiler made of them.
 
-python -m semeda_fast.kernels.aot                       # a table of all kernels and configurations
-python -m semeda_fast.kernels.aot --check FILE.json     # exit code 1 where something got worse than in the file
-python -m semeda_fast.kernels.aot --write FILE.json
+    python -m semeda_fast.kernels.aot                       # a table of all kernels and configurations
+    python -m semeda_fast.kernels.aot --check FILE.json     # exit code 1 where something is wrong, or worse than there
+    python -m semeda_fast.kernels.aot --quick --check ...   # of the launches that matter most alone
+    python -m semeda_fast.kernels.aot --write FILE.json
+
+What is wrong by itself: local memory, more shared memory than a block may have, products on another unit than the
+architecture's, a kernel of which the compiler left nothing. What is worse than stored: registers and shared memory,
+which are compared where the table was written with the same Triton.
 """
 
 from __future__ import annotations
@@ -27,12 +32,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from semeda_fast.config import FusedConfig
+from semeda_fast.files import atomic_path
+from semeda_fast.triton_ops import interpreted
 
-from .launch import Inputs, Launch, backward_launches, forward_launches
-from .plan import make_plan
+from .launch import Launch
+from .model import make_config, passes_of
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, CUDA C++ programming guide
+# Bytes a block, CUDA C++ programming guide; 163 KiB on sm_80 itself, but 99 on sm_86 and sm_89, which run its code.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+LEAST_PIXELS = 64  # of a program, for the units of sm_90 and sm_100; the others take mma
+LEAST_REGISTERS = 16  # fewer: the compiler has proved that the kernel does nothing, rightly or not
+SLACK = 8  # registers by which a kernel may grow
+# Architecture -> launches that `--quick` compiles: half precision on sm_90; elsewhere what needs the most.
+QUICK = {
+    90: r"^(default|wide)/|^default-fp32/.*(layer|logits)",
+    80: r"^wide(-fp32)?/.*(layer|logits)|^classes-64/.*logits|^default/.*(06|logits)",
+    100: r"^(default|wide)/.*(layer|logits)|^wide-fp32/.*bwd|^classes-256-fp32/.*logits",
+}
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
@@ -49,6 +67,7 @@ class Resources:
         stack: bytes of local memory a thread.
         shared: bytes a block.
         products: the kind of tensor-core instruction: "wgmma", "tcgen05", "mma" or "" for none.
+        stores: instructions that store to global memory.
     """
 
     registers: int
@@ -56,6 +75,7 @@ class Resources:
     stack: int
     shared: int
     products: str
+    stores: int
 
 
 def cases() -> Iterator[tuple[str, FusedConfig, torch.dtype, bool, bool]]:
@@ -113,8 +133,10 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     compiled = triton.compile(source_of(launch), target=target, options=options)
     text = compiled.asm["ptx"]
     products = next((kind for kind in ("tcgen05.mma", "wgmma.mma", "mma.sync") if kind in text), "")
-    registers, stack, spills = _ptxas(text, compiled.metadata.ptx_version, architecture)
-    return Resources(registers, spills, stack, compiled.metadata.shared, products.split(".")[0])
+    registers, stack, spills = _ptxas(text, architecture)
+    return Resources(
+        registers, spills, stack, compiled.metadata.shared, products.split(".")[0], text.count("st.global")
+    )
 
 
 @functools.cache
@@ -124,7 +146,7 @@ def _ptxas_path(architecture: int) -> str:
     return str(get_ptxas(architecture).path)
 
 
-def _ptxas(ptx: str, version: int | None, architecture: int) -> tuple[int, int, int]:
+def _ptxas(ptx: str, architecture: int) -> tuple[int, int, int]:
     """Registers, bytes of stack, bytes spilled."""
     suffix = "a" if architecture >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,81 +171,165 @@ def _ptxas(ptx: str, version: int | None, architecture: int) -> tuple[int, int, 
     return registers, stack, stores + loads
 
 
-def label(case: str, number: int, launch: Launch) -> str:
-    """Names one launch in a table: its kernel, channels and warps."""
+def expected_products(launch: Launch, architecture: int) -> str:
+    """The unit that the launch's matrix products should run on, "" where it has none."""
     arguments = launch.arguments
-    sizes = "-".join(str(arguments[key]) for key in ("IN", "OUT", "BLOCK_C") if key in arguments)
-    return f"{case}/{number:02d} {launch.kernel.__name__.removesuffix('_kernel')} {sizes} {launch.num_warps}w"
+    if "KSIZE" not in arguments:
+        return ""
+    few = arguments["BLOCK_H"] * arguments["BLOCK_W"] < LEAST_PIXELS
+    return "mma" if few else PRODUCTS[architecture]
 
 
-def table(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> dict[str, dict[str, dict[str, Any]]]:
-    """Launch -> architecture -> resources; a launch that compiles like one before is left out."""
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
+def unique_launches() -> dict[str, Launch]:
+    """Name -> launch of all cases; one that compiles like one before is left out."""
+    found: dict[str, Launch] = {}
     seen: set[str] = set()
     for case, config, dtype, soft, channels_last in cases():
         for number, launch in enumerate(launches_of(config, dtype, soft, channels_last)):
             source = source_of(launch)
             key = f"{source.name} {source.signature} {source.constants} {launch.num_warps} {launch.num_stages}"
-            name = label(case, number, launch)
-            if key in seen or not re.search(only, name):
-                continue
-            seen.add(key)
-            rows[name] = {f"sm_{a}": asdict(compile_launch(launch, a)) for a in architectures}
-            print(describe(name, rows[name]), flush=True)
-    return rows
+            if key not in seen:
+                seen.add(key)
+                found[label(case, number, launch)] = launch
+    return found
 
 
-def describe(name: str, row: dict[str, dict[str, Any]]) -> str:
+def label(case: str, number: int, launch: Launch) -> str:
+    """Names one launch in a table: its kernel and channels."""
+    arguments = launch.arguments
+    sizes = "-".join(str(arguments[key]) for key in ("IN", "OUT", "BLOCK_C") if key in arguments)
+    return f"{case}/{number:02d} {launch.kernel.__name__.removesuffix('_kernel')} {sizes}".rstrip()
+
+
+def configuration(launch: Launch) -> str:
+    """Pixels a program, warps and stages."""
+    arguments = launch.arguments
+    block = f"{arguments['BLOCK_H']}x{arguments['BLOCK_W']} " if "BLOCK_H" in arguments else ""
+    return f"{block}{launch.num_warps} warps {launch.num_stages} stages"
+
+
+Row = dict[str, Any]  # "config", and architecture -> the fields of Resources
+
+
+def compile_table(wanted: dict[int, tuple[str, str]]) -> tuple[dict[str, Row], list[str]]:
+    """Compile, print a line each, and return the table and what is wrong by itself.
+
+    Args:
+        wanted: architecture -> regular expressions, all of which a launch's name has to match.
+    """
+    rows: dict[str, Row] = {}
+    problems = []
+    for name, launch in unique_launches().items():
+        row: Row = {"config": configuration(launch)}
+        for architecture, patterns in wanted.items():
+            if all(re.search(pattern, name) for pattern in patterns):
+                resources = compile_launch(launch, architecture)
+                row[f"sm_{architecture}"] = asdict(resources)
+                expected = expected_products(launch, architecture)
+                problems += [f"{name} sm_{architecture}: {text}" for text in wrong(resources, architecture, expected)]
+        if len(row) > 1:
+            rows[name] = row
+            print(describe(name, row), flush=True)
+    return rows, problems
+
+
+def describe(name: str, row: Row) -> str:
     """One line of the printed table."""
     cells = [
         f"{a}: {r['registers']} reg, {r['shared']} B, {r['products'] or '-'}"
         + (f", SPILLS {r['spills']}, LOCAL {r['stack']}" if r["spills"] or r["stack"] else "")
         for a, r in row.items()
+        if a != "config"
     ]
-    return f"{name}: {'; '.join(cells)}"
+    return f"{name} ({row['config']}): {'; '.join(cells)}"
 
 
-def worse(now: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """What got worse than in a stored table, in words; registers may differ by 8, as between compiler versions."""
+def wrong(resources: Resources, architecture: int, products: str) -> list[str]:
+    """What no compiler's version excuses, in words."""
     found = []
-    for name in sorted(set(stored) - set(now)):
-        found.append(f"{name}: no longer launched; write the table anew")
-    for name, row in now.items():
-        for architecture, resources in row.items():
-            limit = SHARED_LIMIT[int(architecture[3:])]
-            if resources["spills"] or resources["stack"]:
-                found.append(f"{name} {architecture}: spills {resources['spills']} B, local {resources['stack']} B")
-            if resources["shared"] > limit:
-                found.append(f"{name} {architecture}: {resources['shared']} B shared memory, the limit is {limit}")
-            old = stored.get(name, {}).get(architecture)
-            if old is None:
-                found.append(f"{name} {architecture}: not in the stored table; write it anew")
-                continue
-            if resources["registers"] > old["registers"] + 8:
-                found.append(f"{name} {architecture}: {resources['registers']} registers, were {old['registers']}")
-            if resources["shared"] > old["shared"] * 1.1:
-                found.append(f"{name} {architecture}: {resources['shared']} B shared memory, were {old['shared']}")
-            if resources["products"] != old["products"]:
-                found.append(f"{name} {architecture}: products by {resources['products']!r}, were {old['products']!r}")
+    limit = SHARED_LIMIT[architecture]
+    if resources.spills or resources.stack:
+        found.append(f"spills {resources.spills} B, {resources.stack} B of local memory")
+    if resources.shared > limit:
+        found.append(f"{resources.shared} B of shared memory, a block has {limit}")
+    if resources.products != products:
+        found.append(f"products by {resources.products or 'nothing'!r}, expected {products or 'nothing'!r}")
+    if resources.registers < LEAST_REGISTERS or not resources.stores:
+        found.append(f"nothing is left of it: {resources.registers} registers, {resources.stores} global stores")
     return found
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", type=Path)
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--only", default="", help="a regular expression on names of launches")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
-    args = parser.parse_args()
-    rows = table(tuple(args.arch or ARCHITECTURES), args.only)
-    if args.write:
-        args.write.write_text(json.dumps({"triton": triton.__version__, "launches": rows}, indent=1) + "\n")
-    if args.check:
-        problems = worse(rows, json.loads(args.check.read_text())["launches"])
-        print("\n".join(problems))
-        return 1 if problems else 0
-    return 0
+def worse(now: dict[str, Row], stored: dict[str, Row], complete: bool, same_compiler: bool) -> list[str]:
+    """What got worse than in a stored table, in words.
+
+    Args:
+        complete: `now` should hold all that is stored.
+        same_compiler: else registers and shared memory are not compared.
+    """
+    missing = sorted(set(stored) - set(now)) if complete else []
+    found = [f"{name}: stored, but no longer launched; write the table anew" for name in missing]
+    for name, row in now.items():
+        for architecture, resources in row.items():
+            if architecture == "config":
+                continue
+            old = stored.get(name, {}).get(architecture)
+            where = f"{name} {architecture}"
+            if old is None:
+                found.append(f"{where}: not in the stored table; write it anew")
+            elif same_compiler:
+                if resources["registers"] > old["registers"] + SLACK:
+                    found.append(f"{where}: {resources['registers']} registers, were {old['registers']}")
+                if resources["shared"] > old["shared"] * 1.1:
+                    found.append(f"{where}: {resources['shared']} B of shared memory, were {old['shared']}")
+    return found
+
+
+def write(path: Path, rows: dict[str, Row]) -> None:
+    """Replace the stored table in one step; a line a launch."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    text = f'{{\n "triton": {json.dumps(triton.__version__)},\n "launches": {{\n{lines}\n }}\n}}\n'
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m semeda_fast.kernels.aot",
+        description="Registers, local and shared memory, and the unit of the products of every kernel.",
+    )
+    made.add_argument("--check", type=Path, metavar="FILE", help="compare with this table")
+    made.add_argument("--write", type=Path, metavar="FILE", help="write the table; an existing one is replaced")
+    made.add_argument("--only", default="", metavar="REGEX", help="on names of launches")
+    made.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    made.add_argument("--quick", action="store_true", help="only the launches that matter most")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: exit code 0; 1: something is wrong, or worse than stored; 2: a bad call."""
+    made = parser()
+    options = made.parse_args(arguments)
+    if interpreted():
+        made.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    part = bool(options.quick or options.only or options.arch)
+    if options.write and part:
+        made.error("--write stores the whole table; leave out --quick, --only and --arch")
+    patterns = QUICK if options.quick else dict.fromkeys(ARCHITECTURES, "")
+    wanted = {architecture: (patterns[architecture], options.only) for architecture in options.arch or patterns}
+    rows, problems = compile_table(wanted)
+    if options.write:
+        write(options.write, rows)
+    if options.check:
+        stored = json.loads(options.check.read_text(encoding="utf-8"))
+        same = stored["triton"] == triton.__version__
+        if not same:
+            print(f"stored by Triton {stored['triton']}, this is {triton.__version__}: sizes are not compared")
+        problems += worse(rows, stored["launches"], not part, same)
+    print(f"{sum(len(row) - 1 for row in rows.values())} compiled, {len(problems)} problems")
+    for problem in problems:
+        print(f"PROBLEM {problem}")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -121,12 +121,16 @@ def work_of(launch: Launch, channels: tuple[int, int] | None = None, mixed: floa
     """
     name = launch.kernel.__name__
     if name not in ACCESS:
-        raise ValueError(f"no model of kernel {name!r}: describe what it reads and writes in ACCESS of kernels/model.py")
+        raise ValueError(
+            f"no model of kernel {name!r}: describe what it reads and writes in ACCESS of kernels/model.py"
+        )
     access = ACCESS[name]
     arguments = _touched(name, launch.arguments)
     unknown = [key for key in arguments if key not in access.reads + access.writes]
     if unknown:
-        raise ValueError(f"no model of argument {unknown[0]!r} of kernel {name!r}: add it to ACCESS of kernels/model.py")
+        raise ValueError(
+            f"no model of argument {unknown[0]!r} of kernel {name!r}: add it to ACCESS of kernels/model.py"
+        )
     share = mixed if launch.arguments.get("classes") is not None else 1.0
     size = {
         key: int(_bytes(key, tensor, launch) * (share if key in access.mixed else 1))
@@ -160,7 +164,9 @@ def _touched(name: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
 def _bytes(key: str, tensor: Tensor, launch: Launch) -> int:
     """Of all elements that the launch touches of a tensor."""
     count = tensor.numel()
-    if key == "partial" and launch.kernel.__name__ != "sum_kernel":  # a number a program; rows are as long as the longest
+    if (
+        key == "partial" and launch.kernel.__name__ != "sum_kernel"
+    ):  # a number a program; rows are as long as the longest
         count = launch.programs * (4 if tensor.dim() == 2 else 1)
     return count * tensor.element_size()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import backends, checks
 from .functional import DEFAULT_LAMBDA_SEMEDA, LossComponents, semeda_loss
 from .proxy.network import EdgeProxy, Float32Buffers, check_layer_weights
+from .warmup import warmup
 
 
 class SemedaLoss(Float32Buffers):
@@ -173,6 +175,30 @@ class SemedaLoss(Float32Buffers):
             validate=self.validate,
             return_components=return_components,
         )
+
+    def warmup(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        channels_last: bool = False,
+        labels_dtype: torch.dtype = torch.int64,
+    ) -> float:
+        """Compile the kernels that such logits need, so that the first step does not wait for it; see `warmup.warmup`.
+
+        Args:
+            shape: of the logits, (N, C, H, W); any shape compiles the same kernels.
+            dtype, device, channels_last: of the logits; device None is the proxy's.
+            labels_dtype: of the labels; a floating-point dtype stands for a distribution [N,C,H,W].
+
+        Returns:
+            the seconds that it took.
+
+        Raises:
+            ValueError, TypeError: a shape or dtype that the loss does not take.
+        """
+        return warmup(self, shape, dtype=dtype, device=device, channels_last=channels_last, labels_dtype=labels_dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -22,9 +22,11 @@ from .checks import check_labels
 from .config import FusedConfig, config_text, parse_config
 from .fused import FusedOps, Outputs, Problem, Saved, why_not_taken
 from .kernels.plan import MAX_CLASSES, TILE, Plan, make_plan
+from .reference import loss_terms
 from .spec import LossSpec
 
 MIN_CAPABILITY = (8, 0)
+TRIAL_SIZE = (20, 100)  # tiles with and without label edges, inside and at the border
 INTERPRETER_TILE = (16, 64)  # there each program costs the same whatever its size, some 40 ms
 
 
@@ -46,7 +48,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def why_unavailable() -> str | None:
     """None where the kernels can run on some device of this machine, else the cause and the remedy."""
-    if not (interpreted() or torch.cuda.is_available() or torch.xpu.is_available()):
+    if not (interpreted() or _has_gpu()):
         return "torch sees no GPU here, and the Triton kernels run on CUDA tensors; use backend='auto' or 'reference'"
     return None if _load()[0] is not None else _load()[1]
 
@@ -58,6 +60,8 @@ def why_unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -
         return reason
     if not _is_compiled_for(logits.device):
         return None
+    if logits.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # no time for a trial
     reason = _why_not_on(logits.device)
     if reason is None:
         order = torch.channels_last if logits.stride(1) == 1 else torch.contiguous_format
@@ -67,6 +71,11 @@ def why_unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -
 
 def _is_compiled_for(device: torch.device) -> bool:
     return device.type != "cpu" and not interpreted()
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 @functools.cache
@@ -83,24 +92,70 @@ def _why_not_on(device: torch.device) -> str | None:
 
 @functools.cache
 def trial(config: str, dtype: torch.dtype, order: torch.memory_format, device: torch.device) -> str | None:
-    """Why the kernels do not run on a device, found out on a tiny image before they are relied on; None where they do.
+    """Why the kernels do not run on a device, or not as they should; found out on a tiny image. None where they do.
 
-    Costs nothing beside: kernels are compiled for no particular size, so the first real call finds them compiled.
+    Kernels are compiled for no particular size, so the first real call finds them compiled. Waits for the device.
     """
-    settings = parse_config(config)
-    channels = 1 if settings.mode == "binary" else settings.channels[0]
+    # A compiler may be tracing (tensors would be fakes), or the caller may be under inference mode or autocast.
+    ours = torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad()
+    watched = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
     try:
-        with _disable_current_modes(), torch.no_grad():  # while a compiler traces, tensors would be fakes
-            logits = torch.zeros((1, channels, 8, 8), dtype=dtype, device=device).contiguous(memory_format=order)
-            target = torch.zeros((1, 8, 8), dtype=torch.int64, device=device)
-            flat = torch.zeros(settings.parameters, device=device)
-            problem = Problem(logits, target, None, None, flat, settings)
-            outputs = ops.outputs(logits, settings, True)
-            _forward(problem, outputs)
-            _backward(problem, outputs.codes, outputs.saved_d, outputs.ce, outputs.semeda, torch.empty_like(logits))
+        if watched:
+            torch.cuda.set_sync_debug_mode(0)  # this one waits, once
+        with _disable_current_modes(), ours[0], ours[1], ours[2]:
+            found = _disagreement(parse_config(config), dtype, order, device)
     except Exception as error:  # each version of Triton and each driver fails in its own way
         first = next(iter(str(error).strip().splitlines()), "")
         return f"the Triton kernels do not compile or run on {device}: {type(error).__name__}: {first}"
+    finally:
+        if watched:
+            torch.cuda.set_sync_debug_mode(watched)
+    return found and f"the Triton kernels compute wrong values on {device}: {found}; please report this"
+
+
+def _disagreement(
+    config: FusedConfig, dtype: torch.dtype, order: torch.memory_format, device: torch.device
+) -> str | None:
+    """What the kernels and the reference do not agree on by far, for a random proxy."""
+    generator = torch.Generator().manual_seed(0)  # not the caller's
+    height, width = TRIAL_SIZE
+    classes = config.channels[0]
+    channels = 1 if config.mode == "binary" else classes
+    logits = torch.randn((1, channels, height, width), generator=generator).to(device, dtype)
+    logits = logits.contiguous(memory_format=order)
+    target = torch.zeros((1, height, width), dtype=torch.int64, device=device)
+    target[:, height // 2 :, -width // 8 :] = min(1, classes - 1)  # an edge, and tiles without one
+    weights, biases = [], []
+    for before, out, size in zip(config.channels, config.channels[1:], config.sizes, strict=False):
+        weight = torch.randn((out, before, size, size), generator=generator)
+        weights.append((weight / (size * before**0.5)).to(device))
+        biases.append(torch.randn(out, generator=generator).to(device))
+    flat = torch.cat([tensor.reshape(-1) for tensor in (*weights, *biases)])
+    leaf = logits.clone().requires_grad_()
+    ones = (1,) * len(config.sizes)
+    spec = LossSpec(
+        config.layer_weights, config.layer_scales, ones, ones, (0,) * len(ones), config.tap, config.distance,
+        config.ignore_index, config.label_smoothing, config.mode, True, config.per_pixel,
+    )  # fmt: skip
+    expected = loss_terms(leaf, target, None, None, weights, biases, spec)
+    (expected.ce.sum() + expected.semeda.sum()).backward()
+    assert leaf.grad is not None
+
+    problem = Problem(logits, target, None, None, flat, config)
+    outputs = ops.outputs(logits, config, True)
+    d_logits = torch.empty_like(logits)
+    _forward(problem, outputs)
+    one = torch.ones_like(outputs.ce)
+    _backward(problem, outputs.codes, outputs.saved_d, one, one, d_logits)
+    pairs = {
+        "cross-entropy": (outputs.ce, expected.ce.detach(), 1e-2),
+        "the SEMEDA term": (outputs.semeda, expected.semeda.detach(), 1e-2),
+        "the gradient": (d_logits, leaf.grad, 1e-1),  # L1 flips signs where differences lie within rounding
+    }
+    for name, (got, wanted, tolerance) in pairs.items():
+        error = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30)
+        if not error <= tolerance:  # NaN, too
+            return f"{name} is off by {float(error):.2g} of its size"
     return None
 
 

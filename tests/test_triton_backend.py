@@ -6,24 +6,29 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from helpers import VOID, make_inputs, make_proxy, value_and_grad
+from torch import Tensor
 
 from semeda_fast import SemedaLoss, backend_info, backends, triton_ops
 from semeda_fast.config import config_text
+from semeda_fast.fused import Outputs, Problem
 from semeda_fast.spec import LossSpec
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not triton_ops.interpreted(), reason="needs Triton's interpreter")
 CPU = torch.device("cpu")
 NCHW = torch.contiguous_format
+CONTEXTS = [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
-def _no_trial_before() -> Iterator[None]:
+def _no_trial_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(triton_ops, "TRIAL_SIZE", (6, 9))  # the interpreter takes seconds for more
     triton_ops.trial.cache_clear()
     yield
     triton_ops.trial.cache_clear()
@@ -45,15 +50,50 @@ def broken(monkeypatch: pytest.MonkeyPatch, compiled_here: None) -> None:
     monkeypatch.setattr(triton_ops, "_launches", fail)
 
 
-def some_config() -> str:
+def some_config(per_pixel: bool = False) -> str:
     proxy = make_proxy()
     ones = (1.0,) * proxy.num_layers
-    return config_text(proxy.weights, LossSpec(ones, ones, (1,), (1,), (0,)), False)
+    return config_text(proxy.weights, LossSpec(ones, ones, (1,), (1,), (0,), per_pixel=per_pixel), False)
 
 
 @needs_interpreter
-def test_a_trial_that_works() -> None:
-    assert triton_ops.trial(some_config(), torch.bfloat16, NCHW, CPU) is None
+@pytest.mark.parametrize("per_pixel", [False, True])
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_a_trial_that_works(context: Callable[[], AbstractContextManager[None]], per_pixel: bool) -> None:
+    with context():
+        assert triton_ops.trial(some_config(per_pixel), torch.bfloat16, torch.channels_last, CPU) is None
+
+
+@needs_interpreter
+def test_a_trial_leaves_the_callers_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    triton_ops.trial(some_config(), torch.float32, NCHW, CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("wrong", ["semeda", "gradient"])
+def test_a_trial_that_computes_something_else(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = triton_ops._forward, triton_ops._backward
+
+    def wrong_forward(problem: Problem, outputs: Outputs) -> None:
+        forward(problem, outputs)
+        outputs.semeda.mul_(1.05)
+
+    def wrong_backward(problem: Problem, *tensors: Tensor) -> None:
+        backward(problem, *tensors)
+        tensors[-1].neg_()
+
+    if wrong == "semeda":
+        monkeypatch.setattr(triton_ops, "_forward", wrong_forward)
+    else:
+        monkeypatch.setattr(triton_ops, "_backward", wrong_backward)
+    reason = triton_ops.trial(some_config(), torch.float32, NCHW, CPU)
+    assert reason is not None
+    what = {"semeda": "the SEMEDA term is off by 0.05", "gradient": "the gradient is off by 2"}[wrong]
+    assert reason == f"the Triton kernels compute wrong values on cpu: {what} of its size; please report this"
 
 
 def test_a_trial_that_fails_says_why(broken: None) -> None:
