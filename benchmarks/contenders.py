@@ -26,7 +26,8 @@ class Contender:
         layout: memory order of the logits: "nchw" or "channels_last".
         family: contenders of one family differ in layout or compiler mode only; ratios take its fastest.
         compiled: whether torch.compile is at work.
-        checked_as: "loss" (the reference's tolerance), "autocast" (a wider one), "ce" (cross-entropy's value).
+        checked_as: "loss" (the reference's tolerance), "half" (bf16's for fp16 logits, too),
+            "autocast" (a wider one), "ce" (cross-entropy's value).
         fused: whether it is a backend of this library other than the reference.
         make: (inputs, compiler backend) -> the function to call.
     """
@@ -58,8 +59,9 @@ def contenders(device: str = "cpu") -> dict[str, Contender]:
 
 
 def fused_names(device: str = "cpu") -> tuple[str, ...]:
-    """The registry's backends that can run here, without the reference."""
-    return tuple(name for name in backends.available_names(device) if name != "reference")
+    """The registry's backends that can run here, without the reference and without interpreters."""
+    names = backends.available_names(device)
+    return tuple(name for name in names if name != "reference" and device not in backends.get(name).by_name_on)
 
 
 def criterion(inputs: Inputs, backend: str, *, validate: str = "auto") -> SemedaLoss:
@@ -117,4 +119,5 @@ def _backend(name: str, title: str, layout: str, backend: str) -> Contender:
     def make(inputs: Inputs, compiler: str) -> LossFunction:
         return criterion(inputs, backend)
 
-    return Contender(name, title, layout, backend, False, "loss", True, make)
+    checked_as = "half" if backends.get(backend).half_products else "loss"
+    return Contender(name, title, layout, backend, False, checked_as, True, make)

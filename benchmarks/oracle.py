@@ -125,10 +125,11 @@ def check(function: LossFunction, leaf: Tensor, inputs: Inputs, oracle: Oracle, 
     """Run once, forward and backward, and compare; leaves no gradient behind.
 
     Args:
-        checked_as: "loss", "autocast" or "ce", see `Contender.checked_as`.
+        checked_as: "loss", "half", "autocast" or "ce", see `Contender.checked_as`.
     """
     dtype, scale = inputs.workload.dtype, inputs.workload.grad_scale
-    loss_tolerance, gradient_tolerance = LOSS[dtype], GRADIENT[dtype]
+    allowed = "bfloat16" if (checked_as, dtype) == ("half", "float16") else dtype
+    loss_tolerance, gradient_tolerance = LOSS[allowed], GRADIENT[allowed]
     if checked_as == "autocast":
         loss_tolerance, gradient_tolerance = AUTOCAST_LOSS, AUTOCAST_GRADIENT
     value = function(leaf, inputs.target)
@@ -141,7 +142,7 @@ def check(function: LossFunction, leaf: Tensor, inputs: Inputs, oracle: Oracle, 
         wanted, kink = _ce_gradient(inputs), None
     else:
         wanted, kink = oracle.gradient, oracle.kink
-    exact = dtype == "float32" and checked_as == "loss"
+    exact = dtype == "float32" and checked_as in ("loss", "half")
     squares, norms = _squares(d_logits, wanted, 1 / scale)
     far = torch.ones_like(squares, dtype=torch.bool) if kink is None or not exact else ~kink
     overall = float((squares.sum() / norms.sum().clamp_min(1e-60)).sqrt())

@@ -111,6 +111,7 @@ def source_of(launch: Launch) -> ASTSource:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    loose = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     for number, name in enumerate(kernel.arg_names):
         value = launch.arguments[name]
         if name in fixed or value is None:
@@ -118,7 +119,7 @@ def source_of(launch: Launch) -> ASTSource:
             constants[(number,)] = value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
-            attributes[(number,)] = [["tt.divisibility", 16]]
+            attributes[(number,)] = [] if name in loose else [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -143,7 +144,10 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
 def _ptxas_path(architecture: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas
 
-    return str(get_ptxas(architecture).path)
+    try:
+        return str(get_ptxas(architecture).path)
+    except TypeError:  # Triton 3.5 has one for all
+        return str(get_ptxas().path)
 
 
 def _ptxas(ptx: str, architecture: int) -> tuple[int, int, int]:

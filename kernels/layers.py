@@ -157,7 +157,11 @@ def target_products(
     return total
 
 
-@triton.jit(do_not_specialize=["H", "W", "P", "tiles_x", "tiles_per_image", "inverse", "coefficient"])
+@triton.jit(
+    do_not_specialize=["H", "W", "P", "tiles_x", "tiles_per_image", "inverse", "coefficient"],
+    # Rows of larger tensors: how they are aligned depends on the number of tiles.
+    do_not_specialize_on_alignment=["prev_classes", "classes", "partial"],
+)
 def layer_fwd_kernel(
     x_in,  # [P, IN]
     xq,  # [P, IN], or None where labels are read

@@ -133,7 +133,7 @@ def work_of(launch: Launch, channels: tuple[int, int] | None = None, mixed: floa
         )
     share = mixed if launch.arguments.get("classes") is not None else 1.0
     size = {
-        key: int(_bytes(key, tensor, launch) * (share if key in access.mixed else 1))
+        key: round(_bytes(key, tensor, launch) * (share if key in access.mixed else 1))
         for key, tensor in arguments.items()
     }
     cached = sum((halo(launch) - 1) * size[key] for key in access.shifted if key in size)
@@ -142,7 +142,7 @@ def work_of(launch: Launch, channels: tuple[int, int] | None = None, mixed: floa
     return Work(
         sum(size[key] for key in access.reads if key in size),
         sum(size[key] for key in access.writes if key in size),
-        int(cached),
+        round(cached),
         useful,
         executed,
     )
@@ -192,9 +192,9 @@ def _products(launch: Launch, channels: tuple[int, int] | None, share: float) ->
     exact = 3 if a["DTYPE"] == tl.float32 and a["PRECISION"] == "tf32x3" else 1
     executed = each * columns * a["OUT"] * launch.programs * a["BLOCK_H"] * a["BLOCK_W"] * branches * exact
     if channels is None:
-        return 0, int(executed)
+        return 0, round(executed)
     pixels = a["H"] * a["W"] * (launch.programs // a["tiles_per_image"])
-    return int(each * channels[0] * channels[1] * pixels * branches), int(executed)
+    return round(each * channels[0] * channels[1] * pixels * branches), round(executed)
 
 
 def works(launches: Sequence[Launch], mixed: float | Sequence[float] = MIXED) -> list[Work]:

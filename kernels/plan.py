@@ -45,7 +45,7 @@ LOGITS_GRAD = {
     128: LaunchConfig(2, 32, 8, 2),
     256: LaunchConfig(1, 32, 8, 2),
 }
-LAYER_BWD_FP32 = {**LAYER, 64: LaunchConfig(1, 32, 8, 3)}  # 64 pixels or more spill on sm_80 where seeds come from codes
+LAYER_BWD_FP32 = {**LAYER, 64: LaunchConfig(1, 32, 8, 3)}  # 64 pixels spill on sm_80 where seeds come from codes
 
 
 def power_of_two(x: int, least: int = 16) -> int:

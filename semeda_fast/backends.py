@@ -41,7 +41,8 @@ class Backend:
             Looks at metadata only.
         fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
         checks_labels: whether it looks for bad labels itself while it reads them.
-        by_name_on: device types on which "auto" leaves it alone: an interpreter is for tests.
+        by_name_on: device types on which it runs only where it is named: an interpreter is for tests.
+        half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backend:
     fused: bool = False
     checks_labels: bool = False
     by_name_on: tuple[str, ...] = ()
+    half_products: bool = False
 
     def refusal(self, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
         """Why this backend cannot take these arguments, or None."""
@@ -127,6 +129,11 @@ def available_names(device_type: str = "cpu") -> tuple[str, ...]:
         for b in _registry.values()
         if b.why_unavailable() is None and (not b.devices or device_type in b.devices)
     )
+
+
+def get(name: str) -> Backend:
+    """The backend of a registered name; KeyError for another."""
+    return _registry[name]
 
 
 def check_name(name: str) -> None:
@@ -212,6 +219,7 @@ register(
         fused=True,
         checks_labels=True,
         by_name_on=("cpu",),
+        half_products=True,
     )
 )
 register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels"), fused=True))

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .checks import check_labels
 from .config import FusedConfig, config_text, parse_config
 from .fused import FusedOps, Outputs, Problem, Saved, why_not_taken
-from .kernels.plan import MAX_CLASSES, TILE, Plan, make_plan
 from .reference import loss_terms
 from .spec import LossSpec
 
 MIN_CAPABILITY = (8, 0)
+MAX_CLASSES = 256  # kernels/plan.py
 TRIAL_SIZE = (20, 100)  # tiles with and without label edges, inside and at the border
 INTERPRETER_TILE = (16, 64)  # there each program costs the same whatever its size, some 40 ms
 
@@ -166,10 +166,16 @@ def _launches() -> ModuleType:
     return module
 
 
-def _plan(problem: Problem) -> Plan:
+def _plan(problem: Problem) -> Any:
     n, _, h, w = problem.logits.shape
-    tile = INTERPRETER_TILE if interpreted() else TILE
-    return make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point(), tile)
+    plan = _plan_module()
+    tile = INTERPRETER_TILE if interpreted() else plan.TILE
+    return plan.make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point(), tile)
+
+
+def _plan_module() -> ModuleType:
+    """Needs no Triton, but is found in an installed package only: a bare checkout has kernels/ beside semeda_fast/."""
+    return importlib.import_module("semeda_fast.kernels.plan")
 
 
 def _inputs(problem: Problem) -> Any:
@@ -190,7 +196,7 @@ def _precision() -> str:
 def saved(logits: Tensor, config: FusedConfig) -> Saved:
     """What is kept for backward."""
     n, _, h, w = logits.shape
-    plan = make_plan(config, (n, h, w), logits.dtype, soft=False)
+    plan = _plan_module().make_plan(config, (n, h, w), logits.dtype, soft=False)
     return Saved((plan.code_offsets[-1],), (plan.saved_offsets[-1],), plan.dtype)
 
 

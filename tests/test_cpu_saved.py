@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from helpers import components
 from torch import Tensor
 
 from semeda_fast import EdgeProxy, backends, cpu
+from semeda_fast.config import FusedConfig
+from semeda_fast.fused import FusedOps, Outputs
 from semeda_fast.native import native_module
 
 pytestmark = pytest.mark.skipif(
@@ -65,13 +65,13 @@ def test_at_most_24_bytes_a_pixel_are_saved() -> None:
 
 def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    outputs = cpu._outputs
+    outputs = FusedOps.outputs
 
-    def watched(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        asked.append(arguments[-1])
-        return outputs(*arguments)
+    def watched(self: FusedOps, logits: Tensor, config: FusedConfig, save: bool) -> Outputs:
+        asked.append(save)
+        return outputs(self, logits, config, save)
 
-    monkeypatch.setattr(cpu, "_outputs", watched)
+    monkeypatch.setattr(FusedOps, "outputs", watched)
     proxy = EdgeProxy(3)
     logits, target = torch.randn(1, 3, 8, 64), torch.randint(0, 3, (1, 8, 64))
     assert saved_bytes(logits, target, proxy) == 0
