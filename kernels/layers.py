@@ -3,9 +3,10 @@
     x, b      [P, IN], [P, OUT]      e or relu(t(p)) - relu(t(q)) of the layer before; the same of this layer
     xq, aq    [P, IN], [P, OUT]      relu(t(q)), written on tiles near label edges alone
     packed    [KSIZE * KSIZE, IN, OUT]
-    codes     [planes, WORDS, P]     1 bit a channel, in words of min(OUT, 32) bits. L1, tap "pre": d > 0, d < 0, and
-                                     t(p) > 0 of hidden layers; L1, tap "post": 'on and not d < 0', 'on and not
-                                     d > 0'; other distances: t(p) > 0 of hidden layers
+    codes     [planes, WORDS, P]     1 bit a channel, in words of 8, 16 or 32 bits; bits of padded channels mean
+                                     nothing, since their weights are zero. L1, tap "pre": d > 0, d < 0, and t(p) > 0 of
+                                     hidden layers; L1, tap "post": 'on and not d < 0', 'on and not d > 0'; other
+                                     distances: t(p) > 0 of hidden layers
     saved     [P, K]                 d, of other distances than L1
     d_t       [P, OUT]               gradient of this layer's t(p), in units of the seeds
 

@@ -17,7 +17,7 @@ else:  # the reference is judged as fp32, which cuDNN's default would round to 1
 
 import interpreted
 
-from semeda_fast import backends
+from semeda_fast import backends, triton_ops
 
 
 class Case(NamedTuple):
@@ -37,6 +37,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = registered_cases()
         metafunc.parametrize("case", cases, ids=["-".join(case) for case in cases])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    if triton_ops.interpreted() and "triton" in backends.available_names("cpu"):
+        interpreted.make_quick()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,7 +13,8 @@ from semeda_fast.functional import LossComponents
 # What rounding alone may cost where the reference happens to be exact, relative to the oracle's norm.
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Of backends that multiply half-precision logits in fp16 on tensor cores: features whose difference lies within
-# rounding flip the sign of their L1 gradient. Seen on street scenes: 1.0e-2 with the default proxy, 0.6e-2 wide, 1.7e-2 deep.
+# rounding flip the sign of their L1 gradient. Seen on street scenes: 1.0e-2 (default proxy), 0.6e-2 (wide), 1.7e-2
+# (deep).
 HALF_PRODUCTS_GRADIENT_FLOOR = 2e-2
 NUM_CLASSES = 5
 VOID = 255

@@ -7,10 +7,8 @@ class lie beside computed ones, are few. SEMEDA_FAST_INTERPRETER=full runs all c
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,7 +25,6 @@ pytest.importorskip("triton")
 if not triton_ops.interpreted():
     pytest.skip("these tests run where there is no GPU, in Triton's interpreter", allow_module_level=True)
 
-import triton.runtime.interpreter as interpreter
 
 from semeda_fast.kernels import launch as launch_module
 from semeda_fast.kernels import plan as plan_module
@@ -36,17 +33,6 @@ FULL = os.environ.get("SEMEDA_FAST_INTERPRETER") == "full"
 GUARD = 1 << 14  # elements on either side: more than two rows of 64 channels of any image here
 CALLERS = ("logits", "target", "valid", "class_weight")
 C = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_interpreter() -> Iterator[None]:
-    """Leaves out the interpreter's search for integer overflow: a third of its time, of no use on small images."""
-    builder = interpreter.interpreter_builder
-    options = builder.options
-    if hasattr(options, "sanitize_overflow"):
-        builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    yield
-    builder.options = options
 
 
 class Guarded:
