@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,7 +23,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 CPU = Path("csrc", "cpu")
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("driver", "features", "labels", "plan", "kernels_portable")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("driver", "features", "labels", "plan")),
 ]
 HEADERS = sorted(path.as_posix() for path in CPU.glob("*.h"))
 # One object file per instruction set, chosen at run time; without its flags a file compiles to "not built".
@@ -32,6 +33,7 @@ INSTRUCTION_SETS = {
         "msvc": ["/arch:AVX512"],
     },
     "csrc/cpu/kernels_avx2.cpp": {"unix": ["-mavx2", "-mfma", "-mf16c"], "msvc": ["/arch:AVX2"]},
+    "csrc/cpu/kernels_portable.cpp": {"unix": [], "msvc": []},
 }
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
@@ -86,7 +88,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            ext.extra_objects = [self.compile_for_instruction_set(ext, source) for source in INSTRUCTION_SETS]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # they take nearly all of the time
+                objects = pool.map(lambda source: self.compile_for_instruction_set(ext, source), INSTRUCTION_SETS)
+                ext.extra_objects = list(objects)
             super().build_extension(ext)
         except Exception as error:
             self.handle(error)
