@@ -95,8 +95,6 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
     for refusal in ("Device not supported", "not supported on this device", "Unable to find injection library"):
         if refusal in text:
             pytest.skip(f"compute-sanitizer does not work here: {refusal}")
-    if code == NO_END:
-        pytest.skip(f"{tool}: {text[:200]}")
     assert code == 0, f"{tool}: exit code {code}\n{text[-4000:]}"
     assert "one step done" in text, text[-4000:]
     assert "ERROR SUMMARY: 0 errors" in text or "0 hazards" in text, text[-2000:]
