@@ -25,7 +25,7 @@ SOURCES = [
     "csrc/bindings.cpp",
     *(f"csrc/cpu/{name}.cpp" for name in ("driver", "features", "labels", "plan")),
 ]
-HEADERS = sorted(path.as_posix() for path in CPU.glob("*.h"))
+HEADERS = sorted(path.as_posix() for folder in (Path("csrc"), CPU) for path in folder.glob("*.h"))
 # One object file per instruction set, chosen at run time; without its flags a file compiles to "not built".
 INSTRUCTION_SETS = {
     "csrc/cpu/kernels_avx512.cpp": {

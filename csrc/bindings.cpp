@@ -2,14 +2,12 @@
 //
 // Tensors arrive as addresses, sizes and strides, so one build serves every torch version.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-#include <cstdint>
 #include <string>
 
+#include "bind_params.h"
+#include "cpu/api.h"
 #include "cpu/features.h"
-#include "cpu/params.h"
 
 #if defined(_OPENMP)
     #include <omp.h>
@@ -77,84 +75,10 @@ py::dict cpu_features() {
     return flags;
 }
 
-using semeda_fast::LossParams;
-using semeda_fast::View;
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-View make_view(std::uintptr_t address, int dtype, const std::array<std::int64_t, 4>& strides) {
-    View view;
-    view.data = pointer<void>(address);
-    view.dtype = static_cast<semeda_fast::DType>(dtype);
-    for (int i = 0; i < 4; ++i) view.stride[i] = strides[static_cast<std::size_t>(i)];
-    return view;
-}
-
-// [out, in, k, k] weight and [out] bias, fp32 and contiguous, that outlive the parameters.
-void add_layer(LossParams& p, std::uintptr_t weight, std::uintptr_t bias, int out, int in, int ksize,
-               double inverse, double coefficient) {
-    if (p.layers == semeda_fast::MAX_LAYERS) throw py::value_error("a proxy has at most 8 layers here");
-    semeda_fast::Layer& layer = p.layer[p.layers++];
-    layer.in = in;
-    layer.out = out;
-    layer.ksize = ksize;
-    layer.weight = pointer<const float>(weight);
-    layer.bias = pointer<const float>(bias);
-    layer.inverse = static_cast<float>(inverse);
-    layer.coefficient = static_cast<float>(coefficient);
-}
-
-// Python knows tensors by address; a property of a pointer type is set from one.
-template <class Class, class T>
-void def_address(Class& c, const char* name, T* LossParams::* field) {
-    c.def_property(
-        name, [field](const LossParams& p) { return reinterpret_cast<std::uintptr_t>(p.*field); },
-        [field](LossParams& p, std::uintptr_t address) { p.*field = pointer<T>(address); });
-}
-
 void define_cpu(py::module_& module) {
-    py::class_<View>(module, "View",
-                     "A strided tensor: address, dtype code, strides (n, c, h, w) in elements.")
-        .def(py::init(&make_view));
-    py::class_<LossParams> params(module, "LossParams",
-                                  "One computation of the loss; see csrc/cpu/params.h.");
-    params.def(py::init<>())
-        .def_readwrite("n", &LossParams::n)
-        .def_readwrite("h", &LossParams::h)
-        .def_readwrite("w", &LossParams::w)
-        .def_readwrite("classes", &LossParams::classes)
-        .def_readwrite("binary", &LossParams::binary)
-        .def_readwrite("logits", &LossParams::logits)
-        .def_readwrite("target", &LossParams::target)
-        .def_readwrite("valid", &LossParams::valid)
-        .def_readwrite("soft", &LossParams::soft)
-        .def_readwrite("soft_channels", &LossParams::soft_channels)
-        .def_readwrite("ignore_index", &LossParams::ignore_index)
-        .def_readwrite("label_smoothing", &LossParams::label_smoothing)
-        .def_readwrite("threads", &LossParams::threads)
-        .def_readwrite("d_ce", &LossParams::d_ce)
-        .def_readwrite("d_semeda", &LossParams::d_semeda)
-        .def_readwrite("d_semeda_is_map", &LossParams::d_semeda_is_map)
-        .def_readwrite("d_logits", &LossParams::d_logits)
-        .def_property(
-            "tap", [](const LossParams& p) { return static_cast<int>(p.tap); },
-            [](LossParams& p, int tap) { p.tap = static_cast<semeda_fast::Tap>(tap); })
-        .def_property(
-            "distance", [](const LossParams& p) { return static_cast<int>(p.distance); },
-            [](LossParams& p, int distance) { p.distance = static_cast<semeda_fast::Distance>(distance); })
-        .def("add_layer", &add_layer)
+    semeda_fast::define_params(module)
         .def("code_bytes_per_row", &semeda_fast::code_bytes_per_row)
         .def("saved_floats_per_row", &semeda_fast::saved_floats_per_row);
-    def_address(params, "class_weight", &LossParams::class_weight);
-    def_address(params, "ce_map", &LossParams::ce_map);
-    def_address(params, "semeda_map", &LossParams::semeda_map);
-    def_address(params, "terms", &LossParams::terms);
-    def_address(params, "counts", &LossParams::counts);
-    def_address(params, "codes", &LossParams::codes);
-    def_address(params, "saved_d", &LossParams::saved_d);
 
     const py::call_guard<py::gil_scoped_release> unlocked;
     module.def("cpu_forward", &semeda_fast::forward, unlocked, "Cross-entropy, distances and codes.");

@@ -14,7 +14,7 @@ from .fused import FusedOps, Outputs, Problem, Saved, why_not_taken
 from .native import native_info, native_module, tensor_view
 from .spec import DISTANCES, TAPS, LossSpec
 
-MAX_CLASSES = 1024  # csrc/cpu/params.h
+MAX_CLASSES = 1024  # csrc/cpu/api.h
 UNIT = 16  # pixels in a word of codes, csrc/cpu/plan.h
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = {  # DType in csrc/cpu/params.h
+_DTYPES = {  # DType in csrc/params.h
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,

@@ -1,5 +1,5 @@
 // Are all labels classes? One pass over them at their own width, before anything is computed.
-#include "params.h"
+#include "api.h"
 
 namespace semeda_fast {
 

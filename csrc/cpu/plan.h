@@ -11,7 +11,7 @@
 
 #include <vector>
 
-#include "params.h"
+#include "api.h"
 
 #if defined(__SANITIZE_ADDRESS__)
     #define SEMEDA_REDZONES 1

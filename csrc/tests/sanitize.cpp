@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/params.h"
+#include "../cpu/api.h"
 #include "../cpu/plan.h"
 #include "tensors.h"
 

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <random>
 
-#include "../cpu/params.h"
+#include "../cpu/api.h"
 
 namespace {
 

@@ -2,13 +2,11 @@
 // ownership.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace semeda_fast {
 
 constexpr int MAX_LAYERS = 8;
-constexpr int MAX_CLASSES = 1024;  // labels are kept as int16, and scratch grows with the classes
 
 enum class DType : int { f32, bf16, f16, u8, i8, i16, i32, i64 };
 enum class Distance : int { l1, l2, smooth_l1 };
@@ -63,28 +61,5 @@ struct LossParams {
     bool d_semeda_is_map = false;
     View d_logits;  // same dtype as the logits; every element is written
 };
-
-// Bytes of codes, and floats of saved differences, of one image row.
-std::int64_t code_bytes_per_row(const LossParams& params);
-std::int64_t saved_floats_per_row(const LossParams& params);
-
-// What can be wrong with a problem; null where nothing is. The text ends in a sentence of its own.
-const char* why_unsupported(const LossParams& params);
-
-void forward(const LossParams& params);
-void backward(const LossParams& params);
-
-// Whether a label is neither a class nor ignored where valid is true; one pass, no allocation.
-bool has_bad_label(const LossParams& params);
-
-// The instruction set in use; setting an unknown or unavailable name returns false and changes nothing.
-const char* instruction_set();
-bool use_instruction_set(const char* name);
-
-// Names of those compiled in, best first, ended by null; and whether this processor has the named one.
-const char* const* built_instruction_sets();
-
-double fma_peak(int threads);  // FLOP/s in fp32, a fused multiply-add counts as 2
-double copy_bandwidth(int threads, std::size_t num_bytes);  // bytes/s, read and written bytes both counted
 
 }  // namespace semeda_fast
