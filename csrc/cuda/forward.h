@@ -1,0 +1,394 @@
+// Forward: softmax, cross-entropy, all layers and distances of a tile. (1') to (4) of kernels/README.md.
+//
+//     phases of a tile: labels and e = p - q | layer 1 | ... | layer L | sums
+//     with more classes than a chunk: labels and log-sums | e of a chunk | layer 1, so far | next chunk ... |
+//     layer 2 ...
+//
+// What travels is the difference of the branches, b_l = relu(t_l(p)) - relu(t_l(q)). t_l(q) of a unit of R x
+// 16 pixels is a row of the class table where the unit's receptive field holds one class; else it is
+// computed: layer 1 adds up columns of weights by label, later layers convolve relu(t(q)) with the same
+// weights.
+#pragma once
+
+#include "codes.h"
+#include "convolution.h"
+#include "proxies.h"
+#include "softmax.h"
+
+namespace semeda_fast::gpu {
+
+// A unit of work of a warp: R rows of 16 pixels, at (row, column) of a layer's region.
+struct Unit {
+    int row, column;
+};
+
+// The label map's region has halo L, layer i's has L - 1 - i: the pixel (row, column) of layer i is
+// (row + i + 1, column + i + 1) of the map.
+DEVICE int label_address(const Problem& p, int row, int column) {
+    return p.shared.labels + 2 * (row * (p.tiling.width + 2) + column);
+}
+
+// The class that fills the receptive field of a unit in layer i, or -1.
+template <int R>
+DEVICE int unit_class(Warp warp, const Problem& p, int i, const Unit& unit) {
+    const int rows = p.tiling.tile_h + 2 * p.layers, columns = p.tiling.width + 2;
+    const int reach = 2 * (i + 1);
+    const int bottom = unit.row + R + reach < rows ? unit.row + R + reach : rows;
+    const int right =
+        unit.column + MATRIX_ROWS + reach < columns ? unit.column + MATRIX_ROWS + reach : columns;
+    const int across = right - unit.column, count = (bottom - unit.row) * across;
+    Lanes<int> low, high;
+    for_lanes(warp, [&](int lane) {
+        low[lane] = 1 << 20;
+        high[lane] = -1;
+        for (int k = lane; k < count; k += LANES) {
+            const int label =
+                warp.load<std::uint16_t>(label_address(p, unit.row + k / across, unit.column + k % across));
+            low[lane] = label < low[lane] ? label : low[lane];
+            high[lane] = label > high[lane] ? label : high[lane];
+        }
+    });
+    low = warp_min(warp, low);
+    high = warp_max(warp, high);
+    int found = -1;
+    for_lanes(warp,
+              [&](int lane) { found = low[lane] == high[lane] && high[lane] <= p.classes ? low[lane] : -1; });
+    return found;
+}
+
+// Adds to each sum what its channel has in `row` of a table of OUT channels: bias, or features of a class.
+template <int OUT, int R, int NT>
+DEVICE void add_row(Warp warp, Sums<R, NT>& sums, const float* row) {
+    for_lanes(warp, [&](int lane) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+            const int channel = 8 * j + sum_channel(lane, 0);
+            if (channel >= OUT) continue;
+            const float x = load_constant(row + channel), y = load_constant(row + channel + 1);
+#pragma unroll
+            for (int r = 0; r < R; ++r)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums.at[r][j][i][lane] += i % 2 == 0 ? x : y;
+        }
+    });
+}
+
+// t_1(q) without bias: the convolution over a one-hot map picks a column of weights for each of 9 labels.
+template <int OUT, int R, int NT>
+DEVICE void add_columns(Warp warp, Sums<R, NT>& sums, const Problem& p, const Unit& unit) {
+    const int rows = p.tiling.tile_h + 2 * p.layers, columns = p.tiling.width + 2;
+#pragma unroll 1
+    for (int tap = 0; tap < 9; ++tap) {
+        const float* weights = p.columns + static_cast<std::int64_t>(tap) * (p.classes + 1) * OUT;
+        for_lanes(warp, [&](int lane) {
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = unit.row + r + tap / 3,
+                              column = unit.column + sum_pixel(lane, 2 * half) + tap % 3;
+                    if (row >= rows || column >= columns) continue;  // of pixels that nobody uses
+                    const int label = warp.load<std::uint16_t>(label_address(p, row, column));
+                    if (label >= p.classes) continue;
+                    const float* at = weights + label * OUT + sum_channel(lane, 0);
+#pragma unroll
+                    for (int j = 0; j < NT; ++j) {
+                        if (8 * j >= OUT) continue;
+                        const float2 pair = load_constant(reinterpret_cast<const float2*>(at + 8 * j));
+                        sums.at[r][j][2 * half][lane] += pair.x;
+                        sums.at[r][j][2 * half + 1][lane] += pair.y;
+                    }
+                }
+            }
+        });
+    }
+}
+
+// What the end of a layer needs to know beside its sums.
+struct Layer {
+    int number;  // from 0
+    Region region;
+    bool last, with_target;
+    bool mixed;  // the tile
+};
+
+// From d = t(p) - t(q) and t(q): features for the next layer, codes, distance. Returns a lane's sum of |d|.
+template <class M, int OUT, bool LAST, int R, int NT>
+DEVICE void finish_unit(Warp warp, const Problem& p, const Tile& tile, const Layer& layer, const Unit& unit,
+                        const Sums<R, NT>& d, const Sums<R, NT>& tq, Lanes<float>& total) {
+    constexpr int PIECES = pieces_of(OUT, M::CHANNELS);
+    const LayerPlan& plan = p.layer[layer.number];
+    const std::int64_t plane = p.pixels * (OUT / 8);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = unit.row + r;
+            if (row >= layer.region.rows) continue;
+            Lanes<std::uint32_t> above, below, on;
+            Lanes<std::int64_t> pixel;  // in the image, or -1 where no code is due
+            for_lanes(warp, [&](int lane) {
+                const int column = unit.column + sum_pixel(lane, 2 * half);
+                const bool exists = column < layer.region.columns;
+                const int up = layer.number + 1;
+                const int label = exists ? warp.load<std::uint16_t>(label_address(p, row + up, column + up))
+                                         : p.classes + 1;
+                const bool inside = label <= p.classes;
+                const bool owned = exists && is_owned(p, layer.region, row, column);
+                const bool counts = owned && label < p.classes;
+                above[lane] = below[lane] = on[lane] = 0;
+#pragma unroll
+                for (int j = 0; j < NT; ++j) {
+                    if (8 * j + sum_channel(lane, 0) >= OUT) continue;
+                    float b[2], aq[2];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float distance = d.at[r][j][2 * half + i][lane];
+                        bool positive = true;
+                        b[i] = distance;
+                        if (!LAST || layer.with_target) {
+                            const float q = tq.at[r][j][2 * half + i][lane];
+                            const float t = q + distance;
+                            aq[i] = q > 0 ? q : 0;
+                            positive = t > 0;
+                            // Not the difference of the sums where d itself is at hand: that would round.
+                            b[i] = positive && q > 0 ? distance : positive ? t : -aq[i];
+                            if (t != t) b[i] = t;
+                        }
+                        if (p.post) distance = b[i];
+                        const std::uint32_t bit = 1u << (2 * j + i);
+                        if (counts) {
+                            total[lane] += distance < 0 ? -distance : distance;
+                            const bool seen = !p.post || positive;
+                            above[lane] |= distance > 0 && seen ? bit : 0u;
+                            below[lane] |= distance < 0 && seen ? bit : 0u;
+                        }
+                        on[lane] |= positive ? bit : 0u;
+                        if (!inside) b[i] = aq[i] = 0;  // each layer pads with zeros of its own
+                    }
+                    if (!LAST) {
+                        const int at = row * p.tiling.width + column;
+                        const int channel = 8 * j + sum_channel(lane, 0);
+                        const int base = p.shared.hidden[layer.number],
+                                  target = p.shared.target[layer.number];
+                        M::store_pair(
+                            warp, [&](int piece) { return piece_address<PIECES>(base, at, piece); }, channel,
+                            b[0], b[1]);
+                        if (target >= 0 && layer.mixed)
+                            M::store_pair(
+                                warp, [&](int piece) { return piece_address<PIECES>(target, at, piece); },
+                                channel, aq[0], aq[1]);
+                    }
+                }
+                pixel[lane] = owned && p.codes != nullptr
+                                  ? (tile.n * p.h + layer.region.y + row) * p.w + layer.region.x + column
+                                  : -1;
+            });
+            if (p.codes == nullptr) continue;
+            if (OUT == 16) {  // two lanes share a byte
+                Lanes<std::uint32_t> mine;
+                for_lanes(warp,
+                          [&](int lane) { mine[lane] = above[lane] | below[lane] << 8 | on[lane] << 16; });
+                const Lanes<std::uint32_t> other = shuffle_xor(warp, mine, 1);
+                for_lanes(warp, [&](int lane) {
+                    const std::uint32_t both = mine[lane] | other[lane] << 4;
+                    above[lane] = both & 255u;
+                    below[lane] = both >> 8 & 255u;
+                    on[lane] = both >> 16 & 255u;
+                });
+            }
+            std::uint8_t* const codes = p.codes + plan.codes;
+            for_lanes(warp, [&](int lane) {
+                if (pixel[lane] < 0) return;
+                const int t = lane % 4;
+                if constexpr (OUT < 8) {
+                    if (t == 0)
+                        codes[pixel[lane]] = static_cast<std::uint8_t>(above[lane] | below[lane] << 2);
+                } else {
+                    if (!LAST) store_code<OUT>(codes, pixel[lane], t, on[lane]);
+                    store_code<OUT>(codes + (LAST ? 0 : plane), pixel[lane], t, above[lane]);
+                    store_code<OUT>(codes + (LAST ? 1 : 2) * plane, pixel[lane], t, below[lane]);
+                }
+            });
+        }
+    }
+}
+
+DEVICE void store_layer_sum(Warp warp, const Problem& p, int number, const Lanes<float>& total) {
+    const Lanes<float> sum = warp_sum(warp, total);
+    for_lanes(warp, [&](int lane) {
+        if (lane == 0) warp.store<float>(p.shared.sums + 4 * ((4 + number) * WARPS + warp.index), sum[lane]);
+    });
+}
+
+// A chunk of the first layer's classes: which, and whether others come before or behind it.
+struct Chunk {
+    int number;
+    bool first, last;
+};
+
+// The first layer; PIECES of input hold all classes or one chunk of them.
+template <class P, class M, int PIECES, bool CHUNKS>
+DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixed, Chunk chunk) {
+    constexpr int OUT = P::channels(0), NT = OUT / 8, R = unit_rows(NT, P::template sums<M>(false));
+    const Layer layer = {0, region_of(p.tiling, tile, p.layers - 1), false, true, mixed};
+    const Input input = {p.shared.input, p.tiling.width + 2, layer.region.rows + 2, p.shared.zero};
+    const Weights weights = {p.shared.weights[0],
+                             p.layer[0].packed + chunk.number * packed_words(CLASS_CHUNK, OUT, M::CHANNELS)};
+    const int across = p.tiling.width / MATRIX_ROWS, units = divide_up(layer.region.rows, R) * across;
+    Lanes<float> total;
+    for_lanes(warp, [&](int lane) { total[lane] = 0; });
+#pragma unroll 1
+    for (int u = warp.index; u < units; u += WARPS) {
+        const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
+        Sums<R, NT> d;
+        set_zero(warp, d);
+        if (CHUNKS) {
+            const int kept = p.shared.partial + u * (R * NT * 4) * LANES * 4;
+            if (!chunk.first)
+                for_lanes(warp, [&](int lane) {
+#pragma unroll
+                    for (int k = 0; k < R * NT * 4; ++k)
+                        d.at[k / (NT * 4)][k / 4 % NT][k % 4][lane] =
+                            warp.load<float>(kept + (k * LANES + lane) * 4);
+                });
+            convolve<M, PIECES, NT, R, true>(warp, d, input, weights, unit.row, unit.column);
+            if (!chunk.last) {
+                for_lanes(warp, [&](int lane) {
+#pragma unroll
+                    for (int k = 0; k < R * NT * 4; ++k)
+                        warp.store<float>(kept + (k * LANES + lane) * 4,
+                                          d.at[k / (NT * 4)][k / 4 % NT][k % 4][lane]);
+                });
+                continue;
+            }
+        } else {
+            convolve<M, PIECES, NT, R, false>(warp, d, input, weights, unit.row, unit.column);
+        }
+        Sums<R, NT> tq;
+        set_zero(warp, tq);
+        const int one =
+            mixed ? unit_class<R>(warp, p, 0, unit) : warp.load_uniform<std::uint16_t>(p.shared.labels);
+        if (one >= 0) {
+            add_row<OUT>(warp, tq, p.layer[0].table + one * OUT);
+        } else {
+            add_row<OUT>(warp, tq, p.layer[0].bias);
+            add_columns<OUT>(warp, tq, p, unit);
+        }
+        finish_unit<M, OUT, false>(warp, p, tile, layer, unit, d, tq, total);
+    }
+    if (!CHUNKS || chunk.last) store_layer_sum(warp, p, 0, total);
+}
+
+// Layer i > 0, of the shape of layer SHAPE.
+template <class P, class M, int SHAPE>
+DEVICE void layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixed, int i) {
+    constexpr int IN = P::channels(SHAPE - 1), OUT = P::channels(SHAPE), NT = divide_up(OUT, 8);
+    constexpr int R = unit_rows(NT, P::template sums<M>(false)), PIECES = pieces_of(IN, M::CHANNELS);
+    constexpr bool LAST = SHAPE == P::LAYERS - 1;
+    const Layer layer = {i, region_of(p.tiling, tile, p.layers - 1 - i), LAST, !LAST || p.post, mixed};
+    const Input input = {p.shared.hidden[i - 1], p.tiling.width, layer.region.rows + 2, p.shared.zero};
+    const Weights weights = {p.shared.weights[i], nullptr};
+    const int across = p.tiling.width / MATRIX_ROWS, units = divide_up(layer.region.rows, R) * across;
+    Lanes<float> total;
+    for_lanes(warp, [&](int lane) { total[lane] = 0; });
+#pragma unroll 1
+    for (int u = warp.index; u < units; u += WARPS) {
+        const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
+        Sums<R, NT> d, tq;
+        set_zero(warp, d);
+        convolve<M, PIECES, NT, R, false>(warp, d, input, weights, unit.row, unit.column);
+        set_zero(warp, tq);
+        if (layer.with_target) {
+            const int one =
+                mixed ? unit_class<R>(warp, p, i, unit) : warp.load_uniform<std::uint16_t>(p.shared.labels);
+            if (one >= 0) {
+                add_row<OUT>(warp, tq, p.layer[i].table + one * OUT);
+            } else {
+                const Input target = {p.shared.target[i - 1], input.pitch, input.rows, input.zero};
+                convolve<M, PIECES, NT, R, false>(warp, tq, target, weights, unit.row, unit.column);
+                add_row<OUT>(warp, tq, p.layer[i].bias);
+            }
+        }
+        finish_unit<M, OUT, LAST>(warp, p, tile, layer, unit, d, tq, total);
+    }
+    store_layer_sum(warp, p, i, total);
+}
+
+// Packed weights of layer i to shared memory, where the plan has a place for them.
+DEVICE void copy_weights(Warp warp, const Problem& p, int i) {
+    if (p.shared.weights[i] < 0) return;
+    const auto* from = reinterpret_cast<const uint4*>(p.layer[i].packed);
+    for (int start = warp.index * LANES; start < p.layer[i].packed_words / 4; start += THREADS)
+        for_lanes(warp, [&](int lane) {
+            const int at = start + lane;
+            if (at < p.layer[i].packed_words / 4)
+                warp.store<uint4>(p.shared.weights[i] + PIECE * at, from[at]);
+        });
+}
+
+DEVICE void begin_block(Warp warp, const Problem& p) {
+    for_lanes(warp, [&](int lane) {
+        if (warp.index == 0 && lane == 0) warp.store<uint4>(p.shared.zero, uint4{0, 0, 0, 0});
+    });
+    if (!p.resident) return;
+    for (int i = 0; i < p.layers; ++i) copy_weights(warp, p, i);
+}
+
+// Sums of the tile, in the order of the warps.
+DEVICE void store_sums(Warp warp, const Problem& p, std::int64_t tile) {
+    if (warp.index != 0) return;
+    for_lanes(warp, [&](int lane) {
+        if (lane >= 4 + p.layers) return;
+        float sum = 0;
+        for (int i = 0; i < WARPS; ++i) sum += warp.load<float>(p.shared.sums + 4 * (lane * WARPS + i));
+        p.partial[lane * p.tiling.tiles + tile] = sum;
+    });
+}
+
+template <class P, class M>
+DEVICE void forward_block(Block& block, const Problem& p) {
+    block.phase([&](Warp warp) { begin_block(warp, p); });
+    for (std::int64_t index = block.index(); index < p.tiling.tiles; index += block.count()) {
+        const Tile tile = tile_of(p.tiling, index);
+        const auto stage = [&](Warp warp, int i) {
+            if (!p.resident) copy_weights(warp, p, i);
+        };
+        bool mixed = false;
+        if (p.classes <= CLASS_CHUNK) {
+            with_classes(p.classes, [&](auto classes) {
+                constexpr int CLASSES = decltype(classes)::VALUE;
+                block.phase([&](Warp warp) {
+                    stage(warp, 0);
+                    softmax_phase<M, CLASSES>(warp, p, tile);
+                });
+                mixed = is_mixed(block, p);
+                block.phase([&](Warp warp) {
+                    first_layer_phase<P, M, pieces_of(CLASSES, M::CHANNELS), false>(warp, p, tile, mixed,
+                                                                                    {0, true, true});
+                });
+            });
+        } else {
+            block.phase([&](Warp warp) { log_sum_phase<M>(warp, p, tile); });
+            mixed = is_mixed(block, p);
+            const int chunks = divide_up(p.classes, CLASS_CHUNK);
+            for (int i = 0; i < chunks; ++i) {
+                block.phase([&](Warp warp) { chunk_phase<M>(warp, p, tile, i * CLASS_CHUNK); });
+                block.phase([&](Warp warp) {
+                    first_layer_phase<P, M, pieces_of(CLASS_CHUNK, M::CHANNELS), true>(
+                        warp, p, tile, mixed, {i, i == 0, i == chunks - 1});
+                });
+            }
+        }
+        for (int i = 1; i < P::LAYERS; ++i) {
+            if (!p.resident) block.phase([&](Warp warp) { copy_weights(warp, p, i); });
+            with_layer<P>(i, [&](auto shape) {
+                block.phase(
+                    [&](Warp warp) { layer_phase<P, M, decltype(shape)::VALUE>(warp, p, tile, mixed, i); });
+            });
+        }
+        block.phase([&](Warp warp) { store_sums(warp, p, index); });
+    }
+}
+
+}  // namespace semeda_fast::gpu

@@ -1,0 +1,60 @@
+// Where things lie: pixels in shared memory, matrices of packed weights, tiles of an image.
+#pragma once
+
+#include "hardware.h"
+#include "numbers.h"
+#include "problem.h"
+
+namespace semeda_fast::gpu {
+
+// Pixels in rows of PIECES pieces without gaps. Eight neighbouring pixels, wherever they start, must hit
+// eight different groups of four banks: odd PIECES do so by themselves, even ones after exchanging pieces by
+// the pixel.
+template <int PIECES>
+DEVICE int swizzled(int pixel, int piece) {
+    if (PIECES % 2 == 1) return piece;
+    if (PIECES % 8 == 0) return piece ^ (pixel & 7);
+    if (PIECES % 4 == 0) return piece ^ (pixel >> 1 & 3);
+    return piece ^ (pixel >> 2 & 1);
+}
+
+template <int PIECES>
+DEVICE int piece_address(int base, int pixel, int piece) {
+    return base + (pixel * PIECES + swizzled<PIECES>(pixel, piece)) * PIECE;
+}
+
+struct Tile {
+    std::int64_t n;
+    int y, x;  // of the first owned pixel
+};
+
+DEVICE Tile tile_of(const Tiling& tiling, std::int64_t index) {
+    const int per_image = tiling.across * tiling.down;
+    Tile tile;
+    tile.n = index / per_image;
+    const int rest = static_cast<int>(index % per_image);
+    tile.y = rest / tiling.across * tiling.tile_h;
+    tile.x = rest % tiling.across * tiling.tile_w;
+    return tile;
+}
+
+// A region of the tile with a halo, in pixels of the image.
+struct Region {
+    int y, x, rows, columns;
+    int halo;
+};
+
+DEVICE Region region_of(const Tiling& tiling, const Tile& tile, int halo) {
+    return {tile.y - halo, tile.x - halo, tiling.tile_h + 2 * halo, tiling.tile_w + 2 * halo, halo};
+}
+
+DEVICE bool is_inside(const Problem& p, int y, int x) { return y >= 0 && x >= 0 && y < p.h && x < p.w; }
+
+// Whether (row, column) of a region is a pixel that this tile answers for.
+DEVICE bool is_owned(const Problem& p, const Region& region, int row, int column) {
+    const int r = row - region.halo, c = column - region.halo;
+    return r >= 0 && r < p.tiling.tile_h && c >= 0 && c < p.tiling.tile_w &&
+           is_inside(p, region.y + row, region.x + column);
+}
+
+}  // namespace semeda_fast::gpu

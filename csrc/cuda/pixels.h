@@ -1,0 +1,91 @@
+// Reads labels and logits of one pixel, in any dtype and layout.
+#pragma once
+
+#include "geometry.h"
+
+namespace semeda_fast::gpu {
+
+DEVICE std::int64_t pixel_offset(const View& view, std::int64_t n, int y, int x) {
+    return n * view.stride[0] + y * view.stride[2] + x * view.stride[3];
+}
+
+DEVICE std::int64_t read_integer(const View& view, std::int64_t at) {
+    switch (view.dtype) {
+        case DType::u8:
+            return load_constant(static_cast<const std::uint8_t*>(view.data) + at);
+        case DType::i8:
+            return load_constant(static_cast<const signed char*>(view.data) + at);
+        case DType::i16:
+            return load_constant(static_cast<const short*>(view.data) + at);
+        case DType::i32:
+            return load_constant(static_cast<const int*>(view.data) + at);
+        default:
+            return load_constant(static_cast<const long long*>(view.data) + at);
+    }
+}
+
+struct Label {
+    int value;  // the class, C where the pixel is void, C + 1 outside the image
+    bool bad;   // is no class; value is then 0
+};
+
+DEVICE Label read_label(const Problem& p, std::int64_t n, int y, int x) {
+    if (!is_inside(p, y, x)) return {p.classes + 1, false};
+    if (p.valid.data != nullptr && read_integer(p.valid, pixel_offset(p.valid, n, y, x)) == 0)
+        return {p.classes, false};
+    const std::int64_t label = read_integer(p.target, pixel_offset(p.target, n, y, x));
+    if (label == p.ignore_index) return {p.classes, false};
+    if (label < 0 || label >= p.classes) return {0, true};
+    return {static_cast<int>(label), false};
+}
+
+// fp32 for Tf32x3, else fp16 or bf16.
+template <class M>
+DEVICE float read_float(const View& view, std::int64_t at);
+
+template <>
+DEVICE float read_float<Tf32x3>(const View& view, std::int64_t at) {
+    return load_constant(static_cast<const float*>(view.data) + at);
+}
+
+template <>
+DEVICE float read_float<Half>(const View& view, std::int64_t at) {
+    const unsigned short bits = load_constant(static_cast<const unsigned short*>(view.data) + at);
+    return view.dtype == DType::bf16 ? bits_float(static_cast<std::uint32_t>(bits) << 16) : from_half(bits);
+}
+
+template <class M>
+DEVICE void write_float(const View& view, std::int64_t at, float value);
+
+template <>
+DEVICE void write_float<Tf32x3>(const View& view, std::int64_t at, float value) {
+    static_cast<float*>(view.data)[at] = value;
+}
+
+template <>
+DEVICE void write_float<Half>(const View& view, std::int64_t at, float value) {
+    static_cast<std::uint16_t*>(view.data)[at] =
+        view.dtype == DType::bf16 ? to_bfloat(value) : to_half(value);
+}
+
+// z of class c of the pixel whose first logit is at `at`; in binary mode softmax([0, z]) = [1 - sigma(z),
+// sigma(z)].
+template <class M>
+DEVICE float read_logit(const Problem& p, std::int64_t at, int c) {
+    if (p.binary) return c == 0 ? 0.f : read_float<M>(p.logits, at);
+    return read_float<M>(p.logits, at + c * p.logits.stride[1]);
+}
+
+// Of one class: 1 without class weights.
+DEVICE float class_weight(const Problem& p, int c) {
+    return p.class_weight == nullptr ? 1.f : load_constant(p.class_weight + c);
+}
+
+// Cross-entropy of a valid pixel from log softmax: its own class's, and sum_c u_c log s_c where labels are
+// smoothed.
+DEVICE float cross_entropy(const Problem& p, float weight, float own, float all) {
+    const float hard = -(1.f - p.smoothing) * weight * own;
+    return p.smoothing > 0 ? hard - p.smoothing / static_cast<float>(p.classes) * all : hard;
+}
+
+}  // namespace semeda_fast::gpu

@@ -1,0 +1,384 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "api.h"
+
+namespace semeda_fast::gpu {
+
+namespace {
+
+struct KnownProxy {
+    ProxyKind kind;
+    int layers;
+    int channels[MAX_LAYERS];
+    bool tf32;       // fp32 logits, too: activations and weights of the others do not fit at 4 bytes
+    int min_blocks;  // as in proxies.h
+};
+
+constexpr KnownProxy KNOWN[] = {
+    {ProxyKind::standard, 3, {16, 32, 2}, true, 2},
+    {ProxyKind::four_layer, 4, {16, 32, 32, 2}, true, 2},
+    {ProxyKind::wide, 3, {32, 64, 64}, false, 1},
+    {ProxyKind::deep, 7, {16, 32, 32, 32, 32, 32, 16}, false, 1},
+};
+
+int forced_rows = 0, forced_width = 0;
+
+// What does not depend on the tile.
+struct Shape {
+    const KnownProxy* proxy;
+    bool half, backward, post;
+    int layers, classes;
+    std::int64_t n, h, w;
+
+    int per_piece() const { return half ? HALF_CHANNELS : TF32_CHANNELS; }
+    int channels(int i) const { return proxy->channels[i]; }
+    int min_blocks() const { return half ? proxy->min_blocks : 1; }
+    bool chunked() const { return classes > CLASS_CHUNK; }
+    int chunks() const { return divide_up(classes, CLASS_CHUNK); }
+    int padded_classes() const { return chunked() ? chunks() * CLASS_CHUNK : divide_up(classes, 8) * 8; }
+    int pixel_bytes(int c) const { return pieces_of(c, per_piece()) * PIECE; }
+    // Packed words of layer i in this direction; of all chunks.
+    int words(int i) const {
+        const int out = channels(i);
+        if (backward) return packed_words(out, i == 0 ? padded_classes() : channels(i - 1), per_piece());
+        if (i > 0) return packed_words(channels(i - 1), out, per_piece());
+        return chunked() ? chunks() * packed_words(CLASS_CHUNK, out, per_piece())
+                         : packed_words(padded_classes(), out, per_piece());
+    }
+};
+
+int round_up(int bytes) { return divide_up(bytes, PIECE) * PIECE; }
+
+int unit_rows_of(const Shape& s, int out_tiles) {
+    return unit_rows(out_tiles, unit_sums(s.min_blocks(), s.backward));
+}
+
+struct Candidate {
+    Tiling tiling;
+    SharedPlan shared;
+    bool resident;
+    int strip_rows, d_p_pitch;
+    double seconds;  // in no particular unit
+    int blocks_per_multiprocessor;
+};
+
+void place_weights(const Shape& s, Candidate& c, int& at) {
+    int most = 0;
+    for (int i = 0; i < s.layers; ++i) {
+        const bool here = i > 0 || !s.chunked();
+        c.shared.weights[i] = here ? at : -1;
+        const int bytes = here ? 4 * s.words(i) : 0;
+        if (c.resident) at += bytes;
+        most = std::max(most, bytes);
+    }
+    if (!c.resident) at += most;
+}
+
+// Two areas take turns: what layer i leaves lies where layer i - 2 had its own.
+struct Areas {
+    int size[2] = {0, 0};
+    void need(int area, int bytes) { size[area] = std::max(size[area], bytes); }
+};
+
+void place_forward(const Shape& s, Candidate& c) {
+    const Tiling& t = c.tiling;
+    SharedPlan& m = c.shared;
+    const int map = (t.tile_h + 2 * s.layers) * (t.width + 2);
+    int at = 0;
+    const auto take = [&](int bytes) {
+        const int begin = at;
+        at += round_up(bytes);
+        return begin;
+    };
+    m.zero = take(PIECE);
+    m.sums = take(4 * (MAX_SUMS + 2) * WARPS);
+    m.labels = take(2 * map);
+    m.log_sums = m.partial = m.d_p = -1;
+    if (s.chunked()) {
+        m.log_sums = take(8 * map);
+        const int tiles = s.channels(0) / 8, rows = unit_rows_of(s, tiles);
+        const int units = divide_up(t.tile_h + 2 * (s.layers - 1), rows) * (t.width / MATRIX_ROWS);
+        m.partial = take(units * rows * tiles * 4 * LANES * 4);
+    }
+    place_weights(s, c, at);
+    Areas areas;
+    const int in = s.chunked() ? CLASS_CHUNK : s.padded_classes();
+    areas.need(0, map * s.pixel_bytes(in));
+    for (int pass = 0; pass < 2; ++pass) {
+        const int begin[2] = {at, at + areas.size[0]};
+        m.input = begin[0];
+        for (int i = 0; i < s.layers - 1; ++i) {
+            const int rows = t.tile_h + 2 * (s.layers - 1 - i), area = (i + 1) % 2;
+            const int bytes = (rows * t.width + 2) * s.pixel_bytes(s.channels(i));
+            const bool target = i < s.layers - 2 || s.post;
+            areas.need(area, bytes * (target ? 2 : 1));
+            m.hidden[i] = begin[area];
+            m.target[i] = target ? begin[area] + bytes : -1;
+        }
+    }
+    m.bytes = at + areas.size[0] + areas.size[1];
+}
+
+void place_backward(const Shape& s, Candidate& c) {
+    const Tiling& t = c.tiling;
+    SharedPlan& m = c.shared;
+    int at = 0;
+    m.zero = at;
+    at += PIECE;
+    m.sums = m.labels = m.log_sums = m.partial = -1;
+    place_weights(s, c, at);
+    Areas areas;
+    areas.need(0, (t.tile_h + 2 * s.layers) * (t.width + 2) * s.pixel_bytes(s.channels(s.layers - 1)));
+    const auto area_of = [&](int i) { return (s.layers - 1 - i) % 2; };
+    const auto bytes_of = [&](int i) {
+        return ((t.tile_h + 2 * (i + 1)) * t.width + 2) * s.pixel_bytes(s.channels(i));
+    };
+    for (int i = s.layers - 2; i >= 0; --i) areas.need(area_of(i), bytes_of(i));
+    // As many rows at a time as fit where the other layers were, or into a little more.
+    c.d_p_pitch = s.classes | 1;
+    const int row = 4 * t.width * c.d_p_pitch, other = 1 - area_of(0);
+    const int unit = unit_rows_of(s, s.chunked() ? CLASS_CHUNK / 8 : s.padded_classes() / 8);
+    int rows = std::clamp(std::max(areas.size[other], 40 << 10) / row, 1, t.tile_h);
+    if (rows < t.tile_h && rows > unit) rows -= rows % unit;
+    c.strip_rows = rows;
+    areas.need(other, rows * row);
+    const int begin[2] = {at, at + areas.size[0]};
+    m.input = begin[0];
+    for (int i = 0; i < s.layers - 1; ++i) {
+        m.hidden[i] = begin[area_of(i)];
+        m.target[i] = -1;
+    }
+    m.d_p = begin[other];
+    m.bytes = at + areas.size[0] + areas.size[1];
+}
+
+// A guess at cycles of a multiprocessor for one tile: products at the rate of sm_80, work on pixels and
+// features at a few instructions each, weights copied from the cache. It ranks tiles; nothing else depends on
+// it.
+double tile_cycles(const Shape& s, const Candidate& c) {
+    const Tiling& t = c.tiling;
+    const double product = s.half ? 2 : 6;
+    const int across = t.width / MATRIX_ROWS;
+    double cycles = 0;
+    const auto layer = [&](int in, int out, int rows, int groups) {
+        const int tiles = divide_up(out, 8), r = unit_rows_of(s, tiles);
+        const int units = divide_up(divide_up(rows, r) * across * groups, WARPS) * WARPS;
+        cycles +=
+            static_cast<double>(units) * r * 3 * row_products(pieces_of(in, s.per_piece())) * tiles * product;
+        cycles += 0.1 * units * r * MATRIX_ROWS * out;
+    };
+    const double map = static_cast<double>((t.tile_h + 2 * s.layers) * (t.width + 2));
+    if (!s.backward) {
+        for (int i = 0; i < s.chunks(); ++i)
+            layer(s.chunked() ? CLASS_CHUNK : s.padded_classes(), s.channels(0),
+                  t.tile_h + 2 * (s.layers - 1), 1);
+        cycles += map * (4 + 0.25 * s.classes * (s.chunked() ? 2 : 1));
+    } else {
+        layer(s.channels(0), s.chunked() ? CLASS_CHUNK : s.padded_classes(), t.tile_h, s.chunks());
+        cycles += map * 0.1 * s.channels(s.layers - 1);
+        cycles += static_cast<double>(t.tile_h * t.tile_w) * (4 + 0.4 * s.classes * (s.chunked() ? 2 : 1));
+    }
+    for (int i = 1; i < s.layers; ++i)
+        s.backward ? layer(s.channels(i), s.channels(i - 1), t.tile_h + 2 * i, 1)
+                   : layer(s.channels(i - 1), s.channels(i), t.tile_h + 2 * (s.layers - 1 - i), 1);
+    if (!c.resident)
+        for (int i = 0; i < s.layers; ++i) cycles += 4.0 * s.words(i) / 64;
+    return cycles + 400.0 * (s.layers + 2);  // barriers, and warps that wait at them
+}
+
+Candidate candidate(const Shape& s, const DeviceFacts& device, int tile_h, int width, bool resident) {
+    Candidate c{};
+    Tiling& t = c.tiling;
+    t.tile_h = tile_h;
+    t.width = width;
+    t.tile_w = width - 2 * (s.layers - 1);
+    t.across = static_cast<int>((s.w + t.tile_w - 1) / t.tile_w);
+    t.down = static_cast<int>((s.h + t.tile_h - 1) / t.tile_h);
+    t.tiles = s.n * t.across * t.down;
+    c.resident = resident;
+    c.strip_rows = tile_h;
+    s.backward ? place_backward(s, c) : place_forward(s, c);
+    const int fit = device.shared_per_multiprocessor / (c.shared.bytes + 1024);
+    c.blocks_per_multiprocessor = std::clamp(fit, 1, s.min_blocks());
+    const std::int64_t at_once =
+        static_cast<std::int64_t>(device.multiprocessors) * c.blocks_per_multiprocessor;
+    // One block alone waits at its barriers; two fill each other's gaps.
+    const double busy = c.blocks_per_multiprocessor > 1 ? 0.85 : 0.6;
+    c.seconds = static_cast<double>((t.tiles + at_once - 1) / at_once) * c.blocks_per_multiprocessor *
+                tile_cycles(s, c) / busy;
+    return c;
+}
+
+// The best tile that fits, or one with no rows.
+Candidate best_tile(const Shape& s, const DeviceFacts& device) {
+    Candidate best{};
+    for (const int width : {16, 32, 48, 64, 80}) {
+        if (width - 2 * (s.layers - 1) < 8 || (forced_width != 0 && width != forced_width)) continue;
+        for (const int tile_h : {2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32}) {
+            if (forced_rows != 0 && tile_h != forced_rows) continue;
+            for (const bool resident : {true, false}) {
+                const Candidate c = candidate(s, device, tile_h, width, resident);
+                if (c.shared.bytes > device.shared_per_block) continue;
+                if (best.tiling.tile_h == 0 || c.seconds < best.seconds) best = c;
+            }
+        }
+    }
+    return best;
+}
+
+const KnownProxy* find_proxy(const LossParams& params) {
+    for (const KnownProxy& known : KNOWN) {
+        bool same = known.layers == params.layers;
+        for (int i = 0; same && i < params.layers; ++i)
+            same = known.channels[i] == params.layer[i].out && params.layer[i].ksize == 3;
+        if (same) return &known;
+    }
+    return nullptr;
+}
+
+Shape make_shape(const LossParams& params, const KnownProxy* known, bool backward) {
+    return {known,         params.logits.dtype != DType::f32,
+            backward,      params.tap == Tap::post,
+            params.layers, params.classes,
+            params.n,      params.h,
+            params.w};
+}
+
+}  // namespace
+
+std::int64_t code_bytes(const LossParams& params) {
+    std::int64_t bytes = 0;
+    for (int i = 0; i < params.layers; ++i)
+        bytes += code_bytes_per_pixel(params.layer[i].out, i == params.layers - 1);
+    return params.n * params.h * params.w * bytes;
+}
+
+void force_tile(int tile_h, int width) {
+    forced_rows = tile_h;
+    forced_width = width;
+}
+
+std::string why_not(const LossParams& params, const DeviceFacts& device) {
+    if (params.distance != Distance::l1) return "the CUDA kernels know the distance \"l1\" alone";
+    if (params.soft) return "the CUDA kernels take labels, not a distribution, as target";
+    if (params.ce_map != nullptr) return "the CUDA kernels know the reductions \"mean\" and \"sum\" alone";
+    if (params.classes > MAX_CLASSES)
+        return "the CUDA kernels take up to " + std::to_string(MAX_CLASSES) + " classes, the proxy has " +
+               std::to_string(params.classes);
+    const KnownProxy* known = find_proxy(params);
+    if (known == nullptr)
+        return "the CUDA kernels are compiled for 3x3 proxies of widths 16-32-2, 16-32-32-2, 32-64-64 and "
+               "16-32-32-32-32-32-16; this one is another";
+    if (params.logits.dtype == DType::f32 && !known->tf32)
+        return "the CUDA kernels run this proxy on float16 and bfloat16 logits alone: in float32 it does not "
+               "fit on chip";
+    for (const bool backward : {false, true}) {
+        Shape shape = make_shape(params, known, backward);
+        shape.n = shape.h = shape.w = 1;
+        if (best_tile(shape, device).tiling.tile_h == 0)
+            return "the CUDA kernels need more shared memory for this proxy than a block has here (" +
+                   std::to_string(device.shared_per_block) + " bytes)";
+    }
+    return "";
+}
+
+Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward, void* workspace) {
+    const KnownProxy* known = find_proxy(params);
+    if (known == nullptr) throw std::runtime_error(why_not(params, device));
+    const Shape s = make_shape(params, known, backward);
+    const Candidate tile = best_tile(s, device);
+    if (tile.tiling.tile_h == 0) throw std::runtime_error(why_not(params, device));
+
+    Launch launch{};
+    launch.proxy = known->kind;
+    launch.half = s.half;
+    Problem& p = launch.problem;
+    p.n = s.n;
+    p.h = s.h;
+    p.w = s.w;
+    p.pixels = s.n * s.h * s.w;
+    p.classes = s.classes;
+    p.binary = params.binary;
+    p.post = s.post;
+    p.resident = tile.resident;
+    p.logits = params.logits;
+    p.target = params.target;
+    p.valid = params.valid;
+    p.d_logits = params.d_logits;
+    p.class_weight = params.class_weight;
+    p.ignore_index = params.ignore_index;
+    p.smoothing = params.label_smoothing;
+    p.layers = s.layers;
+    p.codes = params.codes;
+    p.terms = params.terms;
+    p.counts = params.counts;
+    p.d_ce = params.d_ce;
+    p.d_semeda = params.d_semeda;
+    p.tiling = tile.tiling;
+    p.shared = tile.shared;
+    p.strip_rows = tile.strip_rows;
+    p.d_p_pitch = tile.d_p_pitch;
+
+    std::int64_t used = 0;
+    const auto take = [&](std::int64_t bytes) {
+        char* at = static_cast<char*>(workspace) + used;
+        used += (bytes + 255) / 256 * 256;
+        return at;
+    };
+    for (int i = 0; i < s.layers; ++i) p.unit = std::max(p.unit, params.layer[i].coefficient);
+    if (!(p.unit > 0)) p.unit = 1;
+    Preparation& all = launch.preparation;
+    std::int64_t codes = 0;
+    int words = 0;
+    for (int i = 0; i < s.layers; ++i) {
+        const semeda_fast::Layer& from = params.layer[i];
+        LayerPlan& to = p.layer[i];
+        to.in = from.in;
+        to.out = from.out;
+        to.weight = from.weight;
+        to.bias = from.bias;
+        to.inverse = from.inverse;
+        to.seed = from.coefficient / p.unit;
+        to.codes = codes;
+        p.coefficient[i] = from.coefficient;
+        codes += p.pixels * code_bytes_per_pixel(to.out, i == s.layers - 1);
+        to.packed_words = s.words(i);
+        to.packed = reinterpret_cast<std::uint32_t*>(take(4 * static_cast<std::int64_t>(to.packed_words)));
+        words += to.packed_words;
+        const bool table = !backward && (i < s.layers - 1 || s.post);
+        if (table)
+            to.table = reinterpret_cast<float*>(take(4 * static_cast<std::int64_t>(s.classes + 1) * to.out));
+        const int parts = i == 0 && !backward ? s.chunks() : 1;
+        const int in = backward ? to.out : i > 0 ? to.in : s.chunked() ? CLASS_CHUNK : s.padded_classes();
+        const int out = !backward ? to.out : i > 0 ? to.in : s.padded_classes();
+        for (int part = 0; part < parts; ++part) {
+            Packing& k = all.packing[all.packings++];
+            k.weight = to.weight;
+            k.in = to.in;
+            k.out = to.out;
+            k.first = part * CLASS_CHUNK;
+            k.pieces = pieces_of(in, s.per_piece());
+            k.tiles = divide_up(out, 8);
+            k.backward = backward;
+            k.words = to.packed_words / parts;
+            k.packed = to.packed + part * k.words;
+        }
+    }
+    if (!backward) {
+        p.columns =
+            reinterpret_cast<float*>(take(4 * 9 * static_cast<std::int64_t>(s.classes + 1) * p.layer[0].out));
+        p.partial = reinterpret_cast<float*>(take(4 * (4 + s.layers) * p.tiling.tiles));
+    }
+    all.pack_blocks = std::clamp(words / (4 * THREADS), 1, 4 * device.multiprocessors);
+    launch.prepare_blocks = all.pack_blocks + (backward ? 0 : s.classes + 1);
+    const std::int64_t most =
+        static_cast<std::int64_t>(device.multiprocessors) * tile.blocks_per_multiprocessor;
+    launch.blocks = static_cast<int>(std::min(p.tiling.tiles, most));
+    launch.workspace = used;
+    return launch;
+}
+
+}  // namespace semeda_fast::gpu

@@ -1,0 +1,38 @@
+// From a loss to launches: which compiled proxy, which tile, what lies where. Host code without CUDA.
+#pragma once
+
+#include <string>
+
+#include "problem.h"
+
+namespace semeda_fast::gpu {
+
+struct DeviceFacts {
+    int multiprocessors;
+    int shared_per_block;  // bytes, with opt-in
+    int shared_per_multiprocessor;
+};
+
+// In the order of proxies.h.
+enum class ProxyKind { standard, four_layer, wide, deep, none };
+
+struct Launch {
+    ProxyKind proxy;
+    bool half;
+    Problem problem;
+    Preparation preparation;
+    int prepare_blocks;
+    int blocks;              // of the main kernel
+    std::int64_t workspace;  // bytes
+};
+
+// "" or why not. Reads no addresses.
+std::string why_not(const LossParams& params, const DeviceFacts& device);
+
+// Addresses inside `workspace` are set even where it is null; then only sizes mean something.
+Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward, void* workspace);
+
+// A tile that tests ask for instead of the best one: rows, width of hidden regions; 0, 0 for the best.
+void force_tile(int tile_h, int width);
+
+}  // namespace semeda_fast::gpu

@@ -1,0 +1,185 @@
+// First phases of forward: labels, cross-entropy, and e = p - q, what the network is fed with. (1') of
+// kernels/README.md.
+#pragma once
+
+#include "pixels.h"
+
+namespace semeda_fast::gpu {
+
+// What a lane adds up over its pixels; (6) of kernels/README.md.
+struct PixelSums {
+    Lanes<float> ce, weight, valid, bad;
+    Lanes<int> low, high;  // labels seen
+};
+
+DEVICE void begin(Warp warp, PixelSums& sums) {
+    for_lanes(warp, [&](int lane) {
+        sums.ce[lane] = sums.weight[lane] = sums.valid[lane] = sums.bad[lane] = 0;
+        sums.low[lane] = 1 << 20;
+        sums.high[lane] = -1;
+    });
+}
+
+DEVICE void count(const Problem& p, const Label& label, bool owned, float ce, int lane, PixelSums& sums) {
+    sums.low[lane] = label.value < sums.low[lane] ? label.value : sums.low[lane];
+    sums.high[lane] = label.value > sums.high[lane] ? label.value : sums.high[lane];
+    if (!owned || label.value >= p.classes) return;
+    sums.ce[lane] += ce;
+    sums.weight[lane] += class_weight(p, label.value);
+    sums.valid[lane] += 1;
+    sums.bad[lane] += label.bad ? 1.f : 0.f;
+}
+
+// Sums of the warp, where `sums` of the plan has them: [MAX_SUMS][WARPS]; then lowest and highest label.
+DEVICE void end(Warp warp, const Problem& p, const PixelSums& sums) {
+    const Lanes<float> total[4] = {warp_sum(warp, sums.ce), warp_sum(warp, sums.weight),
+                                   warp_sum(warp, sums.valid), warp_sum(warp, sums.bad)};
+    const Lanes<int> low = warp_min(warp, sums.low), high = warp_max(warp, sums.high);
+    for_lanes(warp, [&](int lane) {
+        if (lane != 0) return;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            warp.store<float>(p.shared.sums + 4 * (i * WARPS + warp.index), total[i][lane]);
+        warp.store<int>(p.shared.sums + 4 * (MAX_SUMS * WARPS + warp.index), low[lane]);
+        warp.store<int>(p.shared.sums + 4 * ((MAX_SUMS + 1) * WARPS + warp.index), high[lane]);
+    });
+}
+
+// Whether a tile and its halo hold more than one class, or a part of the outside, where zero padding changes
+// features.
+DEVICE bool is_mixed(const Block& block, const Problem& p) {
+    int low = 1 << 20, high = -1;
+    for (int i = 0; i < WARPS; ++i) {
+        const int l = block.load<int>(p.shared.sums + 4 * (MAX_SUMS * WARPS + i));
+        const int h = block.load<int>(p.shared.sums + 4 * ((MAX_SUMS + 1) * WARPS + i));
+        low = l < low ? l : low;
+        high = h > high ? h : high;
+    }
+    return low != high || high > p.classes;
+}
+
+// Of the input region, one pixel after the other: f(lane, pixel in the region, row, column, y, x).
+template <class F>
+DEVICE void for_pixels(Warp warp, const Problem& p, const Region& region, F f) {
+    const int columns = p.tiling.width + 2, count = region.rows * columns;
+    for (int start = warp.index * LANES; start < count; start += THREADS) {
+        for_lanes(warp, [&](int lane) {
+            const int i = start + lane;
+            if (i < count)
+                f(lane, i, i / columns, i % columns, region.y + i / columns, region.x + i % columns);
+        });
+    }
+}
+
+// Up to CLASSES = 8, 16 or 24 classes: one pass, the logits of a pixel in registers.
+template <class M, int CLASSES>
+DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
+    constexpr int PIECES = pieces_of(CLASSES, M::CHANNELS);
+    const Region region = region_of(p.tiling, tile, p.layers);
+    PixelSums sums;
+    begin(warp, sums);
+    for_pixels(warp, p, region, [&](int lane, int i, int row, int column, int y, int x) {
+        const Label label = read_label(p, tile.n, y, x);
+        const bool valid = label.value < p.classes;
+        warp.store<std::uint16_t>(p.shared.labels + 2 * i, static_cast<std::uint16_t>(label.value));
+        float z[CLASSES];
+        float ce = 0;
+        if (valid) {
+            const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
+            float highest = -INFINITY;
+#pragma unroll
+            for (int c = 0; c < CLASSES; ++c) {
+                z[c] = c < p.classes ? read_logit<M>(p, at, c) : -INFINITY;
+                // Not fmax, which would drop a NaN.
+                highest = z[c] > highest || z[c] != z[c] ? z[c] : highest;
+            }
+            float total = 0, own = 0, all = 0, weights = 0;
+#pragma unroll
+            for (int c = 0; c < CLASSES; ++c) {
+                const float shifted = z[c] - highest;
+                own = c == label.value ? shifted : own;
+                if (p.smoothing > 0 && c < p.classes) {
+                    all += class_weight(p, c) * shifted;
+                    weights += class_weight(p, c);
+                }
+                z[c] = c < p.classes ? M::exp(shifted) : 0.f;
+                total += z[c];
+            }
+            const float log_total = logarithm(total);
+            ce = cross_entropy(p, class_weight(p, label.value), own - log_total, all - weights * log_total);
+            const float inverse = 1.f / total;
+#pragma unroll
+            for (int c = 0; c < CLASSES; ++c) z[c] = z[c] * inverse - (c == label.value ? 1.f : 0.f);
+        } else {
+#pragma unroll
+            for (int c = 0; c < CLASSES; ++c) z[c] = 0;
+        }
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece)
+            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i, piece),
+                              M::pack_piece([&](int k) { return z[piece * M::CHANNELS + k]; }));
+        count(p, label, is_owned(p, region, row, column), ce, lane, sums);
+    });
+    end(warp, p, sums);
+}
+
+// More classes: first maximum and sum of each pixel, and cross-entropy ...
+template <class M>
+DEVICE void log_sum_phase(Warp warp, const Problem& p, const Tile& tile) {
+    const Region region = region_of(p.tiling, tile, p.layers);
+    PixelSums sums;
+    begin(warp, sums);
+    for_pixels(warp, p, region, [&](int lane, int i, int row, int column, int y, int x) {
+        const Label label = read_label(p, tile.n, y, x);
+        warp.store<std::uint16_t>(p.shared.labels + 2 * i, static_cast<std::uint16_t>(label.value));
+        float highest = -INFINITY, total = 0, ce = 0;
+        if (label.value < p.classes) {
+            const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
+#pragma unroll 4
+            for (int c = 0; c < p.classes; ++c) {
+                const float z = read_logit<M>(p, at, c);
+                highest = z > highest || z != z ? z : highest;
+            }
+            float own = 0, all = 0, weights = 0;
+#pragma unroll 4
+            for (int c = 0; c < p.classes; ++c) {
+                const float shifted = read_logit<M>(p, at, c) - highest;
+                own = c == label.value ? shifted : own;
+                if (p.smoothing > 0) {
+                    all += class_weight(p, c) * shifted;
+                    weights += class_weight(p, c);
+                }
+                total += M::exp(shifted);
+            }
+            const float log_total = logarithm(total);
+            ce = cross_entropy(p, class_weight(p, label.value), own - log_total, all - weights * log_total);
+        }
+        warp.store<float2>(p.shared.log_sums + 8 * i, float2{highest, total});
+        count(p, label, is_owned(p, region, row, column), ce, lane, sums);
+    });
+    end(warp, p, sums);
+}
+
+// ... then e of one chunk of classes after the other.
+template <class M>
+DEVICE void chunk_phase(Warp warp, const Problem& p, const Tile& tile, int first) {
+    constexpr int PIECES = pieces_of(CLASS_CHUNK, M::CHANNELS);
+    const Region region = region_of(p.tiling, tile, p.layers);
+    for_pixels(warp, p, region, [&](int, int i, int, int, int y, int x) {
+        const int label = warp.load<std::uint16_t>(p.shared.labels + 2 * i);
+        const float2 sums = warp.load<float2>(p.shared.log_sums + 8 * i);
+        const bool valid = label < p.classes;
+        const float inverse = valid ? 1.f / sums.y : 0.f;
+        const std::int64_t at = valid ? pixel_offset(p.logits, tile.n, y, x) : 0;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece)
+            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i, piece), M::pack_piece([&](int k) {
+                                  const int c = first + piece * M::CHANNELS + k;
+                                  if (!valid || c >= p.classes) return 0.f;
+                                  return M::exp(read_logit<M>(p, at, c) - sums.x) * inverse -
+                                         (c == label ? 1.f : 0.f);
+                              }));
+    });
+}
+
+}  // namespace semeda_fast::gpu
