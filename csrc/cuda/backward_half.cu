@@ -1,6 +1,6 @@
 // Backward for fp16 and bf16 logits: products in fp16.
 #include "backward.h"
-#include "entry.cuh"
+#include "entry.h"
 
 namespace semeda_fast::gpu {
 

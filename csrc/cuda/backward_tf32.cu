@@ -1,6 +1,6 @@
 // Backward for fp32 logits: products of three tf32 ones.
 #include "backward.h"
-#include "entry.cuh"
+#include "entry.h"
 
 namespace semeda_fast::gpu {
 

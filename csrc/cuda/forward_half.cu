@@ -1,5 +1,5 @@
 // Forward for fp16 and bf16 logits: products in fp16.
-#include "entry.cuh"
+#include "entry.h"
 #include "forward.h"
 
 namespace semeda_fast::gpu {

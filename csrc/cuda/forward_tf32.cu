@@ -1,5 +1,5 @@
 // Forward for fp32 logits: products of three tf32 ones.
-#include "entry.cuh"
+#include "entry.h"
 #include "forward.h"
 
 namespace semeda_fast::gpu {

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "api.h"
-#include "entry.cuh"
+#include "entry.h"
 #include "packing.h"
 
 namespace semeda_fast::gpu {
