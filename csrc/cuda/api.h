@@ -6,11 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "../params.h"
+#include "layout.h"
 
 namespace semeda_fast::gpu {
-
-constexpr int MAX_CLASSES = 256;
 
 // Why no kernel can run on this machine (no driver, no GPU), or "".
 std::string why_unavailable();

@@ -28,7 +28,7 @@ DEVICE void seed_phase(Warp warp, const Problem& p, const Tile& tile) {
     const int last = p.layers - 1;
     const float seed = p.layer[last].seed;
     const std::uint8_t* const codes = p.codes + p.layer[last].codes;
-    for_pixels(warp, p, region_of(p.tiling, tile, p.layers), [&](int, int i, int, int, int y, int x) {
+    for_pixels(warp, p, region_of(p.tiling, tile, p.layers), [&](int, int i, int, int column, int y, int x) {
         std::uint64_t above = 0, below = 0;
         if (is_inside(p, y, x)) {
             const std::int64_t pixel = (tile.n * p.h + y) * p.w + x;
@@ -47,7 +47,8 @@ DEVICE void seed_phase(Warp warp, const Problem& p, const Tile& tile) {
         }
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i, piece), M::pack_piece([&](int k) {
+            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
+                              M::pack_piece([&](int k) {
                                   const int channel = piece * M::CHANNELS + k;
                                   if (channel >= K) return 0.f;
                                   return seed_of(above, below, K < 8 ? channel : code_bit(K, channel), seed);
@@ -73,7 +74,7 @@ struct LaneCode {
 template <class P, class M, int SHAPE>
 DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, int i) {
     constexpr int IN = P::channels(SHAPE), OUT = P::channels(SHAPE - 1), NT = OUT / 8;
-    constexpr int R = unit_rows(NT, P::template sums<M>(true)), PIECES = pieces_of(IN, M::CHANNELS);
+    constexpr int R = unit_rows(NT, P::template sums<M>()), PIECES = pieces_of(IN, M::CHANNELS);
     constexpr int OUT_PIECES = pieces_of(OUT, M::CHANNELS);
     using Code = LaneCode<OUT>;
     const bool last = i == p.layers - 1;
@@ -110,7 +111,7 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 for_lanes(warp, [&](int lane) {
-                    const int at = row * p.tiling.width + unit.column + sum_pixel(lane, 2 * half);
+                    const int at = row * p.tiling.width, column = unit.column + sum_pixel(lane, 2 * half);
 #pragma unroll
                     for (int j = 0; j < NT; ++j) {
                         float d_t[2];
@@ -126,7 +127,7 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
                         M::store_pair(
                             warp,
                             [&](int piece) {
-                                return piece_address<OUT_PIECES>(p.shared.hidden[i - 1], at, piece);
+                                return piece_address<OUT_PIECES>(p.shared.hidden[i - 1], at, column, piece);
                             },
                             8 * j + sum_channel(lane, 0), d_t[0], d_t[1]);
                     }
@@ -139,7 +140,7 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
 template <class P, class M, int NT, bool GLOBAL>
 DEVICE void d_p_phase(Warp warp, const Problem& p, int strip) {
     constexpr int PIECES = pieces_of(P::channels(0), M::CHANNELS),
-                  R = unit_rows(NT, P::template sums<M>(true));
+                  R = unit_rows(NT, P::template sums<M>());
     const Input input = {p.shared.hidden[0], p.tiling.width, p.tiling.tile_h + 2, p.shared.zero};
     const Weights weights = {p.shared.weights[0], p.layer[0].packed};
     const int groups = GLOBAL ? divide_up(p.classes, 8 * NT) : 1;
@@ -215,15 +216,16 @@ DEVICE float logit_gradient(const Problem& p, const PixelGradient& g, int c, flo
     return g.d_semeda * s * (d_p - g.dot) + g.d_ce * (s * g.targets - target);
 }
 
-template <class M>
+template <class M, int CLASSES>
 DEVICE void write_logit(const Problem& p, std::int64_t at, int c, float value) {
-    if (p.binary && c == 0) return;
-    write_float<M>(p.d_logits, at + (p.binary ? 0 : c * p.d_logits.stride[1]), value);
+    const bool binary = CLASSES <= 8 && p.binary;
+    if (binary && c == 0) return;
+    write_float<M>(p.d_logits, at + (binary ? 0 : c * p.d_logits.stride[1]), value);
 }
 
-template <class M>
+template <class M, int CLASSES>
 DEVICE void write_zeros(const Problem& p, std::int64_t at) {
-    for (int c = 0; c < p.classes; ++c) write_logit<M>(p, at, c, 0.f);
+    for (int c = 0; c < p.classes; ++c) write_logit<M, CLASSES>(p, at, c, 0.f);
 }
 
 // Up to CLASSES = 8, 16 or 24 classes, in registers.
@@ -232,13 +234,13 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
     for_strip(warp, p, tile, strip, [&](int, int d_p, int y, int x) {
         const std::int64_t to = pixel_offset(p.d_logits, tile.n, y, x);
         const Label label = read_label(p, tile.n, y, x);
-        if (label.value >= p.classes) return write_zeros<M>(p, to);
+        if (label.value >= p.classes) return write_zeros<M, CLASSES>(p, to);
         const std::int64_t from = pixel_offset(p.logits, tile.n, y, x);
         float s[CLASSES];
         float highest = -INFINITY;
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c) {
-            s[c] = c < p.classes ? read_logit<M>(p, from, c) : -INFINITY;
+            s[c] = c < p.classes ? read_logit<M, CLASSES>(p, from, c) : -INFINITY;
             highest = s[c] > highest || s[c] != s[c] ? s[c] : highest;
         }
         float total = 0, dot = 0, weights = 0;
@@ -254,8 +256,8 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c)
             if (c < p.classes)
-                write_logit<M>(p, to, c,
-                               logit_gradient(p, g, c, s[c] * inverse, warp.load<float>(d_p + 4 * c)));
+                write_logit<M, CLASSES>(
+                    p, to, c, logit_gradient(p, g, c, s[c] * inverse, warp.load<float>(d_p + 4 * c)));
     });
 }
 
@@ -265,17 +267,17 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
     for_strip(warp, p, tile, strip, [&](int, int d_p, int y, int x) {
         const std::int64_t to = pixel_offset(p.d_logits, tile.n, y, x);
         const Label label = read_label(p, tile.n, y, x);
-        if (label.value >= p.classes) return write_zeros<M>(p, to);
+        if (label.value >= p.classes) return write_zeros<M, MAX_CLASSES>(p, to);
         const std::int64_t from = pixel_offset(p.logits, tile.n, y, x);
         float highest = -INFINITY, total = 0, dot = 0, weights = 0;
 #pragma unroll 4
         for (int c = 0; c < p.classes; ++c) {
-            const float z = read_logit<M>(p, from, c);
+            const float z = read_logit<M, MAX_CLASSES>(p, from, c);
             highest = z > highest || z != z ? z : highest;
         }
 #pragma unroll 4
         for (int c = 0; c < p.classes; ++c) {
-            const float s = M::exp(read_logit<M>(p, from, c) - highest);
+            const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c) - highest);
             total += s;
             dot += s * warp.load<float>(d_p + 4 * c);
             if (p.smoothing > 0) weights += class_weight(p, c);
@@ -284,8 +286,8 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
         const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
 #pragma unroll 4
         for (int c = 0; c < p.classes; ++c) {
-            const float s = M::exp(read_logit<M>(p, from, c) - highest) * inverse;
-            write_logit<M>(p, to, c, logit_gradient(p, g, c, s, warp.load<float>(d_p + 4 * c)));
+            const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c) - highest) * inverse;
+            write_logit<M, MAX_CLASSES>(p, to, c, logit_gradient(p, g, c, s, warp.load<float>(d_p + 4 * c)));
         }
     });
 }

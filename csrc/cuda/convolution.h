@@ -61,6 +61,12 @@ DEVICE void convolve(Warp warp, Sums<R, NT>& sums, const Input& input, const Wei
     constexpr bool HALF_LEFT = PIECES % 2 == 1;  // the last product's second piece is none
 #pragma unroll 1
     for (int q = 0; q < PRODUCTS; ++q) {
+        Lanes<int> in_row;  // where a lane's piece lies in each row
+        for_lanes(warp, [&](int lane) {
+            const int piece = 2 * q + lane / MATRIX_ROWS;  // of the kernel's row
+            in_row[lane] = piece_address<PIECES>(input.base, 0, column + lane % MATRIX_ROWS + piece / PIECES,
+                                                 piece % PIECES);
+        });
         typename M::Left a[R + 2];
 #pragma unroll
         for (int i = 0; i < R + 2; ++i) {
@@ -68,12 +74,8 @@ DEVICE void convolve(Warp warp, Sums<R, NT>& sums, const Input& input, const Wei
             for_lanes(warp, [&](int lane) {
                 // Rows beyond the region feed sums that nobody uses.
                 const int y = row + i < input.rows ? row + i : input.rows - 1;
-                const int pixel = y * input.pitch + column + lane % MATRIX_ROWS;
-                const int piece = 2 * q + lane / MATRIX_ROWS;  // of the kernel's row
-                address[lane] =
-                    HALF_LEFT && piece == 3 * PIECES
-                        ? input.zero
-                        : piece_address<PIECES>(input.base, pixel + piece / PIECES, piece % PIECES);
+                const bool nothing = HALF_LEFT && 2 * q + lane / MATRIX_ROWS == 3 * PIECES;
+                address[lane] = nothing ? input.zero : in_row[lane] + y * input.pitch * PIECES * PIECE;
             });
             load_matrices(warp, a[i].r, address);
             M::prepare(warp, a[i]);

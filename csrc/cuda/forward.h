@@ -36,14 +36,13 @@ DEVICE int unit_class(Warp warp, const Problem& p, int i, const Unit& unit) {
     const int bottom = unit.row + R + reach < rows ? unit.row + R + reach : rows;
     const int right =
         unit.column + MATRIX_ROWS + reach < columns ? unit.column + MATRIX_ROWS + reach : columns;
-    const int across = right - unit.column, count = (bottom - unit.row) * across;
     Lanes<int> low, high;
     for_lanes(warp, [&](int lane) {
         low[lane] = 1 << 20;
         high[lane] = -1;
-        for (int k = lane; k < count; k += LANES) {
-            const int label =
-                warp.load<std::uint16_t>(label_address(p, unit.row + k / across, unit.column + k % across));
+        // A lane a column: 16 pixels and 7 layers on each side are 30.
+        for (int row = unit.row; unit.column + lane < right && row < bottom; ++row) {
+            const int label = warp.load<std::uint16_t>(label_address(p, row, unit.column + lane));
             low[lane] = label < low[lane] ? label : low[lane];
             high[lane] = label > high[lane] ? label : high[lane];
         }
@@ -167,16 +166,17 @@ DEVICE void finish_unit(Warp warp, const Problem& p, const Tile& tile, const Lay
                         if (!inside) b[i] = aq[i] = 0;  // each layer pads with zeros of its own
                     }
                     if (!LAST) {
-                        const int at = row * p.tiling.width + column;
+                        const int at = row * p.tiling.width;
                         const int channel = 8 * j + sum_channel(lane, 0);
                         const int base = p.shared.hidden[layer.number],
                                   target = p.shared.target[layer.number];
                         M::store_pair(
-                            warp, [&](int piece) { return piece_address<PIECES>(base, at, piece); }, channel,
-                            b[0], b[1]);
+                            warp, [&](int piece) { return piece_address<PIECES>(base, at, column, piece); },
+                            channel, b[0], b[1]);
                         if (target >= 0 && layer.mixed)
                             M::store_pair(
-                                warp, [&](int piece) { return piece_address<PIECES>(target, at, piece); },
+                                warp,
+                                [&](int piece) { return piece_address<PIECES>(target, at, column, piece); },
                                 channel, aq[0], aq[1]);
                     }
                 }
@@ -230,7 +230,7 @@ struct Chunk {
 // The first layer; PIECES of input hold all classes or one chunk of them.
 template <class P, class M, int PIECES, bool CHUNKS>
 DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixed, Chunk chunk) {
-    constexpr int OUT = P::channels(0), NT = OUT / 8, R = unit_rows(NT, P::template sums<M>(false));
+    constexpr int OUT = P::channels(0), NT = OUT / 8, R = unit_rows(NT, P::template sums<M>());
     const Layer layer = {0, region_of(p.tiling, tile, p.layers - 1), false, true, mixed};
     const Input input = {p.shared.input, p.tiling.width + 2, layer.region.rows + 2, p.shared.zero};
     const Weights weights = {p.shared.weights[0],
@@ -284,7 +284,7 @@ DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, boo
 template <class P, class M, int SHAPE>
 DEVICE void layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixed, int i) {
     constexpr int IN = P::channels(SHAPE - 1), OUT = P::channels(SHAPE), NT = divide_up(OUT, 8);
-    constexpr int R = unit_rows(NT, P::template sums<M>(false)), PIECES = pieces_of(IN, M::CHANNELS);
+    constexpr int R = unit_rows(NT, P::template sums<M>()), PIECES = pieces_of(IN, M::CHANNELS);
     constexpr bool LAST = SHAPE == P::LAYERS - 1;
     const Layer layer = {i, region_of(p.tiling, tile, p.layers - 1 - i), LAST, !LAST || p.post, mixed};
     const Input input = {p.shared.hidden[i - 1], p.tiling.width, layer.region.rows + 2, p.shared.zero};

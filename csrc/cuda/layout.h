@@ -16,7 +16,8 @@ constexpr int CLASS_CHUNK = 24;   // more classes go through the first layer in 
 constexpr int HALF_CHANNELS = 8;  // of a piece in fp16
 constexpr int TF32_CHANNELS = 4;
 constexpr int MAX_SUMS =
-    4 + MAX_LAYERS;               // of a tile: cross-entropy, its divisor, valid, bad labels, each layer
+    4 + MAX_LAYERS;  // of a tile: cross-entropy, its divisor, valid, bad labels, each layer
+constexpr int MAX_CLASSES = 256;
 constexpr int MAX_CHANNELS = 64;  // of a layer
 // Shared memory of the kernels before and after the tiles, see packing.h.
 constexpr int TABLE_BYTES = 4 * (2 * MAX_CHANNELS + THREADS);
@@ -37,7 +38,7 @@ constexpr int packed_words(int in, int out, int per_piece) {
 
 // Sums of 16 pixels x 8 channels that a warp keeps in registers at once: two blocks on a multiprocessor leave
 // 128 registers a thread. Forward keeps as many again for the target's branch.
-constexpr int unit_sums(int min_blocks, bool backward) { return min_blocks > 1 ? (backward ? 12 : 8) : 16; }
+constexpr int unit_sums(int min_blocks) { return min_blocks > 1 ? 8 : 16; }
 
 // Rows of 16 pixels of a warp's unit of work, for so many tiles of 8 output channels.
 constexpr int unit_rows(int out_tiles, int sums) {

@@ -69,10 +69,10 @@ DEVICE void write_float<Half>(const View& view, std::int64_t at, float value) {
 }
 
 // z of class c of the pixel whose first logit is at `at`; in binary mode softmax([0, z]) = [1 - sigma(z),
-// sigma(z)].
-template <class M>
+// sigma(z)]. CLASSES: how many there are at most; with more than 8 nobody asks for the mode.
+template <class M, int CLASSES>
 DEVICE float read_logit(const Problem& p, std::int64_t at, int c) {
-    if (p.binary) return c == 0 ? 0.f : read_float<M>(p.logits, at);
+    if (CLASSES <= 8 && p.binary) return c == 0 ? 0.f : read_float<M>(p.logits, at);
     return read_float<M>(p.logits, at + c * p.logits.stride[1]);
 }
 

@@ -53,7 +53,7 @@ struct Shape {
 int round_up(int bytes) { return divide_up(bytes, PIECE) * PIECE; }
 
 int unit_rows_of(const Shape& s, int out_tiles) {
-    return unit_rows(out_tiles, unit_sums(s.min_blocks(), s.backward));
+    return unit_rows(out_tiles, unit_sums(s.min_blocks()));
 }
 
 struct Candidate {
@@ -297,8 +297,8 @@ Launch make_launch(const LossParams& params, const DeviceFacts& device, bool bac
     launch.half = s.half;
     Problem& p = launch.problem;
     p.n = s.n;
-    p.h = s.h;
-    p.w = s.w;
+        p.h = static_cast<int>(s.h);
+    p.w = static_cast<int>(s.w);
     p.pixels = s.n * s.h * s.w;
     p.classes = s.classes;
     p.binary = params.binary;

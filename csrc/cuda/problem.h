@@ -47,9 +47,9 @@ struct LayerPlan {
 };
 
 struct Problem {
-    std::int64_t n, h, w;
-    std::int64_t pixels;  // n h w
-    int classes;          // C; 2 in binary mode
+    std::int64_t n, pixels;  // n h w
+    int h, w;
+    int classes;  // C; 2 in binary mode
     bool binary, post;
     bool resident;  // weights stay in shared memory from tile to tile
     View logits, target, valid, d_logits;
@@ -84,7 +84,7 @@ struct Packing {
 };
 
 struct Preparation {
-    Packing packing[MAX_LAYERS + (256 + CLASS_CHUNK - 1) / CLASS_CHUNK];
+    Packing packing[MAX_LAYERS + divide_up(MAX_CLASSES, CLASS_CHUNK)];
     int packings;
     int pack_blocks;  // the blocks behind them make a row of the table each
 };

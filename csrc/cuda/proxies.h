@@ -17,8 +17,8 @@ struct Proxy {
         return M::CHANNELS == Half::CHANNELS ? BLOCKS : 1;
     }
     template <class M>
-    static constexpr int sums(bool backward) {
-        return unit_sums(min_blocks<M>(), backward);
+    static constexpr int sums() {
+        return unit_sums(min_blocks<M>());
     }
     static constexpr int channels(int layer) { return CHANNELS[layer]; }
 };

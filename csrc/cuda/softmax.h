@@ -89,7 +89,7 @@ DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
             float highest = -INFINITY;
 #pragma unroll
             for (int c = 0; c < CLASSES; ++c) {
-                z[c] = c < p.classes ? read_logit<M>(p, at, c) : -INFINITY;
+                z[c] = c < p.classes ? read_logit<M, CLASSES>(p, at, c) : -INFINITY;
                 // Not fmax, which would drop a NaN.
                 highest = z[c] > highest || z[c] != z[c] ? z[c] : highest;
             }
@@ -116,7 +116,7 @@ DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
         }
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i, piece),
+            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
                               M::pack_piece([&](int k) { return z[piece * M::CHANNELS + k]; }));
         count(p, label, is_owned(p, region, row, column), ce, lane, sums);
     });
@@ -137,13 +137,13 @@ DEVICE void log_sum_phase(Warp warp, const Problem& p, const Tile& tile) {
             const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
 #pragma unroll 4
             for (int c = 0; c < p.classes; ++c) {
-                const float z = read_logit<M>(p, at, c);
+                const float z = read_logit<M, MAX_CLASSES>(p, at, c);
                 highest = z > highest || z != z ? z : highest;
             }
             float own = 0, all = 0, weights = 0;
 #pragma unroll 4
             for (int c = 0; c < p.classes; ++c) {
-                const float shifted = read_logit<M>(p, at, c) - highest;
+                const float shifted = read_logit<M, MAX_CLASSES>(p, at, c) - highest;
                 own = c == label.value ? shifted : own;
                 if (p.smoothing > 0) {
                     all += class_weight(p, c) * shifted;
@@ -165,7 +165,7 @@ template <class M>
 DEVICE void chunk_phase(Warp warp, const Problem& p, const Tile& tile, int first) {
     constexpr int PIECES = pieces_of(CLASS_CHUNK, M::CHANNELS);
     const Region region = region_of(p.tiling, tile, p.layers);
-    for_pixels(warp, p, region, [&](int, int i, int, int, int y, int x) {
+    for_pixels(warp, p, region, [&](int, int i, int, int column, int y, int x) {
         const int label = warp.load<std::uint16_t>(p.shared.labels + 2 * i);
         const float2 sums = warp.load<float2>(p.shared.log_sums + 8 * i);
         const bool valid = label < p.classes;
@@ -173,10 +173,11 @@ DEVICE void chunk_phase(Warp warp, const Problem& p, const Tile& tile, int first
         const std::int64_t at = valid ? pixel_offset(p.logits, tile.n, y, x) : 0;
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i, piece), M::pack_piece([&](int k) {
+            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
+                              M::pack_piece([&](int k) {
                                   const int c = first + piece * M::CHANNELS + k;
                                   if (!valid || c >= p.classes) return 0.f;
-                                  return M::exp(read_logit<M>(p, at, c) - sums.x) * inverse -
+                                  return M::exp(read_logit<M, MAX_CLASSES>(p, at, c) - sums.x) * inverse -
                                          (c == label ? 1.f : 0.f);
                               }));
     });
