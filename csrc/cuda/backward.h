@@ -129,7 +129,7 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
                             [&](int piece) {
                                 return piece_address<OUT_PIECES>(p.shared.hidden[i - 1], at, column, piece);
                             },
-                            8 * j + sum_channel(lane, 0), d_t[0], d_t[1]);
+                            8 * j + sum_channel(lane, 0), true, d_t[0], d_t[1]);
                     }
                 });
         }
@@ -139,8 +139,7 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
 // d_p of a strip of the tile's rows, NT tiles of 8 classes at a time; (9) for the first layer.
 template <class P, class M, int NT, bool GLOBAL>
 DEVICE void d_p_phase(Warp warp, const Problem& p, int strip) {
-    constexpr int PIECES = pieces_of(P::channels(0), M::CHANNELS),
-                  R = unit_rows(NT, P::template sums<M>());
+    constexpr int PIECES = pieces_of(P::channels(0), M::CHANNELS), R = unit_rows(NT, P::template sums<M>());
     const Input input = {p.shared.hidden[0], p.tiling.width, p.tiling.tile_h + 2, p.shared.zero};
     const Weights weights = {p.shared.weights[0], p.layer[0].packed};
     const int groups = GLOBAL ? divide_up(p.classes, 8 * NT) : 1;
@@ -190,30 +189,29 @@ DEVICE void for_strip(Warp warp, const Problem& p, const Tile& tile, int strip, 
     }
 }
 
-// What all classes of a pixel share in (10) and (11).
+// What all classes of a pixel share in (10) to (12): d_z_c = s_c (slope d_p_c + offset) - d_ce r_c.
 struct PixelGradient {
-    float d_semeda, d_ce;
-    float dot;      // sum_i s_i d_p_i
-    float targets;  // sum_i r_i
+    float slope, offset;
+    float own, smoothed;  // d_ce r of the label, and of a class with weight 1 where labels are smoothed
     int label;
 };
 
+// `dot` is sum_i s_i d_p_i, `weights` the sum of the class weights, needed where labels are smoothed.
 DEVICE PixelGradient pixel_gradient(const Problem& p, int label, float dot, float weights) {
+    const float d_ce = load_constant(static_cast<const float*>(p.d_ce.data));
     PixelGradient g;
-    g.d_semeda = load_constant(static_cast<const float*>(p.d_semeda.data)) * p.unit;
-    g.d_ce = load_constant(static_cast<const float*>(p.d_ce.data));
-    g.dot = dot;
-    g.targets =
-        (1.f - p.smoothing) * class_weight(p, label) + p.smoothing / static_cast<float>(p.classes) * weights;
+    g.slope = load_constant(static_cast<const float*>(p.d_semeda.data)) * p.unit;
+    g.own = d_ce * (1.f - p.smoothing) * class_weight(p, label);
+    g.smoothed = d_ce * p.smoothing / static_cast<float>(p.classes);
+    g.offset = g.own + g.smoothed * weights - g.slope * dot;
     g.label = label;
     return g;
 }
 
-// d_z of class c from its softmax s and d_p; (10) to (12).
 DEVICE float logit_gradient(const Problem& p, const PixelGradient& g, int c, float s, float d_p) {
-    const float target = class_weight(p, c) * ((c == g.label ? 1.f - p.smoothing : 0.f) +
-                                               p.smoothing / static_cast<float>(p.classes));
-    return g.d_semeda * s * (d_p - g.dot) + g.d_ce * (s * g.targets - target);
+    float d_z = s * (g.slope * d_p + g.offset);
+    if (p.smoothing > 0) d_z -= g.smoothed * class_weight(p, c);
+    return c == g.label ? d_z - g.own : d_z;
 }
 
 template <class M, int CLASSES>
@@ -241,16 +239,17 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c) {
             s[c] = c < p.classes ? read_logit<M, CLASSES>(p, from, c) : -INFINITY;
-            highest = s[c] > highest || s[c] != s[c] ? s[c] : highest;
+            highest = larger(highest, s[c]);
         }
         float total = 0, dot = 0, weights = 0;
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c) {
-            s[c] = c < p.classes ? M::exp(s[c] - highest) : 0.f;
+            s[c] = M::exp(s[c] - highest);
             total += s[c];
             if (c < p.classes) dot += s[c] * warp.load<float>(d_p + 4 * c);
-            if (p.smoothing > 0 && c < p.classes) weights += class_weight(p, c);
         }
+        if (p.smoothing > 0)
+            for (int c = 0; c < p.classes; ++c) weights += class_weight(p, c);
         const float inverse = 1.f / total;
         const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
 #pragma unroll
@@ -273,7 +272,7 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
 #pragma unroll 4
         for (int c = 0; c < p.classes; ++c) {
             const float z = read_logit<M, MAX_CLASSES>(p, from, c);
-            highest = z > highest || z != z ? z : highest;
+            highest = larger(highest, z);
         }
 #pragma unroll 4
         for (int c = 0; c < p.classes; ++c) {

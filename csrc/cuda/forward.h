@@ -136,50 +136,46 @@ DEVICE void finish_unit(Warp warp, const Problem& p, const Tile& tile, const Lay
                 const bool owned = exists && is_owned(p, layer.region, row, column);
                 const bool counts = owned && label < p.classes;
                 above[lane] = below[lane] = on[lane] = 0;
+                float sum = 0;
 #pragma unroll
-                for (int j = 0; j < NT; ++j) {
-                    if (8 * j + sum_channel(lane, 0) >= OUT) continue;
+                for (int j = NT - 1; j >= 0; --j) {  // bits come in from below, the highest first
+                    const int channel = 8 * j + sum_channel(lane, 0);
+                    if (channel >= OUT) continue;
                     float b[2], aq[2];
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
+                    for (int i = 1; i >= 0; --i) {
                         float distance = d.at[r][j][2 * half + i][lane];
-                        bool positive = true;
-                        b[i] = distance;
                         if (!LAST || layer.with_target) {
                             const float q = tq.at[r][j][2 * half + i][lane];
                             const float t = q + distance;
-                            aq[i] = q > 0 ? q : 0;
-                            positive = t > 0;
-                            // Not the difference of the sums where d itself is at hand: that would round.
-                            b[i] = positive && q > 0 ? distance : positive ? t : -aq[i];
-                            if (t != t) b[i] = t;
+                            aq[i] = larger(q, 0);
+                            // Not relu(t) - relu(q) where d itself is at hand: that would round.
+                            b[i] = q > 0 ? larger(distance, -q) : larger(t, 0);
+                            on[lane] = shift_in_sign(on[lane], 0 - t);
+                            if (p.post) distance = b[i];
                         }
-                        if (p.post) distance = b[i];
-                        const std::uint32_t bit = 1u << (2 * j + i);
-                        if (counts) {
-                            total[lane] += distance < 0 ? -distance : distance;
-                            const bool seen = !p.post || positive;
-                            above[lane] |= distance > 0 && seen ? bit : 0u;
-                            below[lane] |= distance < 0 && seen ? bit : 0u;
-                        }
-                        on[lane] |= positive ? bit : 0u;
-                        if (!inside) b[i] = aq[i] = 0;  // each layer pads with zeros of its own
+                        sum += distance < 0 ? -distance : distance;
+                        above[lane] = shift_in_sign(above[lane], 0 - distance);  // 0 - 0 is +0
+                        below[lane] = shift_in_sign(below[lane], distance + 0);
                     }
-                    if (!LAST) {
+                    if (!LAST) {  // each layer pads with zeros of its own
                         const int at = row * p.tiling.width;
-                        const int channel = 8 * j + sum_channel(lane, 0);
                         const int base = p.shared.hidden[layer.number],
                                   target = p.shared.target[layer.number];
                         M::store_pair(
                             warp, [&](int piece) { return piece_address<PIECES>(base, at, column, piece); },
-                            channel, b[0], b[1]);
+                            channel, inside, b[0], b[1]);
                         if (target >= 0 && layer.mixed)
                             M::store_pair(
                                 warp,
                                 [&](int piece) { return piece_address<PIECES>(target, at, column, piece); },
-                                channel, aq[0], aq[1]);
+                                channel, inside, aq[0], aq[1]);
                     }
                 }
+                total[lane] += counts ? sum : 0;
+                const std::uint32_t seen = !counts ? 0u : p.post ? on[lane] : ~0u;
+                above[lane] &= seen;
+                below[lane] &= seen;
                 pixel[lane] = owned && p.codes != nullptr
                                   ? (tile.n * p.h + layer.region.y + row) * p.w + layer.region.x + column
                                   : -1;

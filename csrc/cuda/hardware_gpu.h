@@ -108,9 +108,23 @@ DEVICE std::uint32_t to_half2(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<const std::uint32_t*>(&both);
 }
+// Both halves within the finite numbers of fp16.
+DEVICE std::uint32_t clamp_half2(std::uint32_t both) {
+    const std::uint32_t most = 0x7bff7bffu, least = 0xfbfffbffu;
+    __half2 value = *reinterpret_cast<const __half2*>(&both);
+    value = __hmin2(value, *reinterpret_cast<const __half2*>(&most));
+    value = __hmax2(value, *reinterpret_cast<const __half2*>(&least));
+    return *reinterpret_cast<const std::uint32_t*>(&value);
+}
 DEVICE std::uint16_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DEVICE float from_half(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE std::uint16_t to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+
+DEVICE float larger(float x, float y) { return fmaxf(x, y); }
+// `word` with the sign of x behind its lowest bit.
+DEVICE std::uint32_t shift_in_sign(std::uint32_t word, float x) {
+    return __funnelshift_l(__float_as_uint(x), word, 1);
+}
 
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float quick_exponential(float x) { return __expf(x); }

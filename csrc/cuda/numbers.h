@@ -23,11 +23,17 @@ struct Half {
         multiply_f16(c, a.r, b.r);
     }
 
-    // Two neighbouring channels, `channel` even, of a pixel whose first piece is piece 0.
+    // Two neighbouring channels of a pixel, `channel` even, whose pieces lie where piece_address says; zeros
+    // unless `keep`. Saturated, since one infinity would make the whole loss one.
     template <class Address>
-    static DEVICE void store_pair(Warp warp, Address piece_address, int channel, float x, float y) {
-        warp.store<std::uint32_t>(piece_address(channel / 8) + 2 * (channel % 8),
-                                  to_half2(clamp(x), clamp(y)));
+    static DEVICE void store_pair(Warp warp, Address piece_address, int channel, bool keep, float x,
+                                  float y) {
+        const std::uint32_t both = clamp_half2(to_half2(x, y));
+        warp.store<std::uint32_t>(piece_address(channel / 8) + 2 * (channel % 8), keep ? both : 0u);
+    }
+    template <class Address>
+    static DEVICE void store_one(Warp warp, Address piece_address, int channel, float x) {
+        warp.store<std::uint16_t>(piece_address(channel / 8) + 2 * (channel % 8), to_half(x));
     }
     // One word of a piece of packed weights holds channels 2t and 2t + 1.
     template <class F>
@@ -37,18 +43,11 @@ struct Half {
     // A whole piece from the values of its channels.
     template <class F>
     static DEVICE uint4 pack_piece(F channel_value) {
-        uint4 piece;
-        piece.x = to_half2(clamp(channel_value(0)), clamp(channel_value(1)));
-        piece.y = to_half2(clamp(channel_value(2)), clamp(channel_value(3)));
-        piece.z = to_half2(clamp(channel_value(4)), clamp(channel_value(5)));
-        piece.w = to_half2(clamp(channel_value(6)), clamp(channel_value(7)));
-        return piece;
+        return uint4{
+            to_half2(channel_value(0), channel_value(1)), to_half2(channel_value(2), channel_value(3)),
+            to_half2(channel_value(4), channel_value(5)), to_half2(channel_value(6), channel_value(7))};
     }
     static DEVICE float exp(float x) { return quick_exponential(x); }
-
-  private:
-    // Saturated, since one infinity would make the whole loss one; NaN stays.
-    static DEVICE float clamp(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 };
 
 struct Tf32x3 {
@@ -67,8 +66,14 @@ struct Tf32x3 {
         multiply_tf32(c, a.r, b.r);
     }
     template <class Address>
-    static DEVICE void store_pair(Warp warp, Address piece_address, int channel, float x, float y) {
-        warp.store<float2>(piece_address(channel / 4) + 4 * (channel % 4), float2{x, y});
+    static DEVICE void store_pair(Warp warp, Address piece_address, int channel, bool keep, float x,
+                                  float y) {
+        warp.store<float2>(piece_address(channel / 4) + 4 * (channel % 4),
+                           keep ? float2{x, y} : float2{0, 0});
+    }
+    template <class Address>
+    static DEVICE void store_one(Warp warp, Address piece_address, int channel, float x) {
+        warp.store<float>(piece_address(channel / 4) + 4 * (channel % 4), x);
     }
     template <class F>
     static DEVICE std::uint32_t pack_word(int t, F channel_value) {

@@ -82,42 +82,47 @@ DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
         const Label label = read_label(p, tile.n, y, x);
         const bool valid = label.value < p.classes;
         warp.store<std::uint16_t>(p.shared.labels + 2 * i, static_cast<std::uint16_t>(label.value));
-        float z[CLASSES];
-        float ce = 0;
+        const auto address = [&](int piece) {
+            return piece_address<PIECES>(p.shared.input, i - column, column, piece);
+        };
+        float z[CLASSES], ce = 0, own = 0;
+#pragma unroll
+        for (int c = 0; c < CLASSES; ++c) z[c] = 0;
         if (valid) {
             const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
-            float highest = -INFINITY;
+            own = read_logit<M, CLASSES>(p, at, label.value);
+            float highest = -INFINITY;  // drops a NaN, which the sum keeps
 #pragma unroll
             for (int c = 0; c < CLASSES; ++c) {
                 z[c] = c < p.classes ? read_logit<M, CLASSES>(p, at, c) : -INFINITY;
-                // Not fmax, which would drop a NaN.
-                highest = z[c] > highest || z[c] != z[c] ? z[c] : highest;
+                highest = larger(highest, z[c]);
             }
-            float total = 0, own = 0, all = 0, weights = 0;
+            own -= highest;
+            float total = 0, all = 0, weights = 0;
+            if (p.smoothing > 0) {
 #pragma unroll
-            for (int c = 0; c < CLASSES; ++c) {
-                const float shifted = z[c] - highest;
-                own = c == label.value ? shifted : own;
-                if (p.smoothing > 0 && c < p.classes) {
-                    all += class_weight(p, c) * shifted;
+                for (int c = 0; c < CLASSES; ++c) {
+                    if (c >= p.classes) continue;
+                    all += class_weight(p, c) * (z[c] - highest);
                     weights += class_weight(p, c);
                 }
-                z[c] = c < p.classes ? M::exp(shifted) : 0.f;
+            }
+#pragma unroll
+            for (int c = 0; c < CLASSES; ++c) {
+                z[c] = M::exp(z[c] - highest);
                 total += z[c];
             }
-            const float log_total = logarithm(total);
+            const float log_total = logarithm(total), inverse = 1.f / total;
             ce = cross_entropy(p, class_weight(p, label.value), own - log_total, all - weights * log_total);
-            const float inverse = 1.f / total;
+            own = M::exp(own) * inverse - 1.f;
 #pragma unroll
-            for (int c = 0; c < CLASSES; ++c) z[c] = z[c] * inverse - (c == label.value ? 1.f : 0.f);
-        } else {
-#pragma unroll
-            for (int c = 0; c < CLASSES; ++c) z[c] = 0;
+            for (int c = 0; c < CLASSES; ++c) z[c] *= inverse;
         }
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
+            warp.store<uint4>(address(piece),
                               M::pack_piece([&](int k) { return z[piece * M::CHANNELS + k]; }));
+        if (valid) M::store_one(warp, address, label.value, own);  // p - q of the label, where q is 1
         count(p, label, is_owned(p, region, row, column), ce, lane, sums);
     });
     end(warp, p, sums);
@@ -138,7 +143,7 @@ DEVICE void log_sum_phase(Warp warp, const Problem& p, const Tile& tile) {
 #pragma unroll 4
             for (int c = 0; c < p.classes; ++c) {
                 const float z = read_logit<M, MAX_CLASSES>(p, at, c);
-                highest = z > highest || z != z ? z : highest;
+                highest = larger(highest, z);
             }
             float own = 0, all = 0, weights = 0;
 #pragma unroll 4

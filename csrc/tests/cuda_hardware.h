@@ -11,6 +11,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define DEVICE inline
@@ -34,14 +35,24 @@ struct uint2 {
     std::uint32_t x, y;
 };
 
-// What a test may change of the machine, and what the machine found.
+// What a test may change of the machine, and what the machine found; cuda_emulation_options.cpp has the names
+// of the numbers.
 struct Emulation {
-    bool backwards = false;  // warps from the last to the first
-    int drop_barrier =
-        -1;  // the number of a barrier, counted from the start of a block, that does not happen
-    int swizzle_fault = 0;  // added to the shared address of a matrix row where the pixel is odd, in bytes
-    std::string race;       // the first one, "" where there was none
-    std::int64_t products = 0;
+    using Number = std::int64_t;
+    Number multiprocessors = 4, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10;
+    Number tile_rows = 0, tile_width = 0;  // plan.h: force_tile
+    Number backwards = 0;                  // warps from the last to the first
+    Number drop_barrier = -1;  // the number of a barrier, counted from the start of a block, that does not
+    Number drop_kernel = -1;   // happen; in blocks of this kernel alone, or of all
+    Number swizzle_fault = 0;  // exclusive or with the shared address of odd rows of a matrix load
+    Number products = 0;       // matrix products so far
+    Number barriers[3] = {};   // of a block of each kernel, the most since they were last set
+    Number rows = 0, width = 0, strip_rows = 0, resident = 0, blocks = 0, tiles = 0;  // of the last launch
+    int kernel = 0;    // that runs: 0 before the tiles, 1 the tiles, 2 behind them
+    std::string race;  // the first one, "" where there was none
+    std::vector<std::pair<std::uintptr_t, std::uintptr_t>>
+        memory;                 // device memory, begin and end; empty: all
+    std::size_t last_used = 0;  // of `memory`
 };
 extern Emulation emulation;
 
@@ -65,7 +76,11 @@ class SharedMemory {
         std::memcpy(reinterpret_cast<char*>(memory_.data()) + offset, &value, sizeof(T));
     }
     void barrier() {
-        if (emulation.drop_barrier != barriers_++) ++epoch_;
+        const bool here = emulation.drop_kernel < 0 || emulation.drop_kernel == emulation.kernel;
+        if (!here || emulation.drop_barrier != barriers_) ++epoch_;
+        ++barriers_;
+        if (emulation.barriers[emulation.kernel] < barriers_)
+            emulation.barriers[emulation.kernel] = barriers_;
     }
 
   private:
@@ -177,6 +192,11 @@ float from_half(std::uint16_t bits);
 inline std::uint32_t to_half2(float low, float high) {
     return to_half(low) | static_cast<std::uint32_t>(to_half(high)) << 16;
 }
+inline std::uint32_t clamp_half2(std::uint32_t both) {
+    for (int shift = 0; shift < 32; shift += 16)  // infinities become the largest number
+        if ((both >> shift & 0x7fffu) == 0x7c00u) both -= 1u << shift;
+    return both;
+}
 inline std::uint16_t to_bfloat(float value) {
     const std::uint32_t bits = float_bits(value);
     if (value != value) return 0x7fff;
@@ -186,13 +206,20 @@ inline float to_tf32(float value) {
     return value != value ? value : bits_float((float_bits(value) + 0x1000u) & ~0x1fffu);
 }
 
+inline float larger(float x, float y) { return std::fmax(x, y); }
+inline std::uint32_t shift_in_sign(std::uint32_t word, float x) { return word << 1 | float_bits(x) >> 31; }
+
 inline float exponential(float x) { return std::exp(x); }
 inline float quick_exponential(float x) { return std::exp(x); }
 inline float logarithm(float x) { return std::log(x); }
 inline float not_a_number() { return bits_float(0x7fc00000u); }
 
+// Reads of device memory have to be aligned and stay in what a test has named.
+void check_device_read(std::uintptr_t at, std::size_t size);
+
 template <class T>
 T load_constant(const T* at) {
+    check_device_read(reinterpret_cast<std::uintptr_t>(at), sizeof(T));
     return *at;
 }
 
