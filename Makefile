@@ -5,10 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 GPU_OUTPUT ?= build/bench/gpu
+# `make test` compiles for one architecture, where nvcc is found: each further one takes about as long again.
+CUDA_ARCHS ?= $(or $(SEMEDA_FAST_CUDA_ARCHS),90)
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt \
-           $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+           $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) \
+           $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.py)
 
 # Pins hold in pip's isolated build environment too; old and new pip read them from different variables.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -20,7 +23,7 @@ INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) PYTEST_ARGS=..."
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) PYTEST_ARGS=... CUDA_ARCHS=$(CUDA_ARCHS)"
 	@echo "  make demo IMAGES=folder MASKS=folder [NUM_CLASSES=n] [IGNORE_INDEX=n] runs on your own data"
 
 # One thread per test process: with more, the processes would take each other's cores.
@@ -50,17 +53,17 @@ lint: $(VENV)/.stamp-dev  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.stamp-dev  ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*' | xargs $(BIN)/clang-format -i
 
 clean:  ## Remove what was built, and caches; the environment and results stay
-	rm -rf build dist *.egg-info semeda_fast/_C.*.so semeda_fast/_C.*.pyd
+	rm -rf build dist *.egg-info semeda_fast/_C*.so semeda_fast/_C*.pyd
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find semeda_fast kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find semeda_fast kernels csrc tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. A stamp is written last, so an interrupted install is taken up again.
 $(VENV)/.stamp-python:
@@ -74,10 +77,11 @@ $(VENV)/.stamp-python:
 # The development environment holds all that the demo needs, so it serves both.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with its development tools into $(VENV) ..."
-	$(INSTALL) -e '.[dev]'
+	SEMEDA_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.stamp-demo $@
 
+# The demo runs on the CPU, so it does not wait for the CUDA kernels.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with what the demo needs into $(VENV) ..."
-	$(INSTALL) -e '.[cli,train,metrics,plot]'
+	SEMEDA_FAST_CUDA_ARCHS=none $(INSTALL) -e '.[cli,train,metrics,plot]'
 	@touch $@

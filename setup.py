@@ -2,10 +2,18 @@
 
 SEMEDA_FAST_BUILD chooses what is compiled. The choice never depends on a visible GPU or on torch:
 
-    auto (default)  build semeda_fast._C where a C++ compiler works; otherwise install pure Python
-    cpu             build semeda_fast._C or fail
-    cuda            reserved for the CUDA kernels; an error in this version, which has no CUDA source
-    none            install pure Python
+    auto (default)  semeda_fast._C (CPU kernels) where a C++ compiler works, semeda_fast._C_cuda (CUDA kernels) where
+                    nvcc is found and works; goes on without what does not build, and notes why (pip install -v)
+    cpu             semeda_fast._C alone, or fail
+    cuda            both, or fail
+    none            nothing: pure Python
+
+nvcc is looked for in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda; CXX names the host compiler that it is to use.
+SEMEDA_FAST_CUDA_ARCHS lists the GPU architectures, such as "90" or "80,86+PTX" (+PTX: code that newer GPUs compile
+for themselves); the default is all that nvcc knows of 80, 86, 89, 90, 100, 120, and PTX of the newest. One is built
+much faster than all. In mode auto "none" leaves the CUDA kernels out.
+
+    python setup.py build_ext --inplace --only semeda_fast._C_cuda    # into a checkout, without the CPU kernels
 """
 
 from __future__ import annotations
@@ -15,17 +23,29 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import OptionError
+
+# A build backend does not put the source folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "cuda"))
+import nvcc
 
 MODES = ("auto", "cpu", "cuda", "none")
-CPU = Path("csrc", "cpu")
+CPU_MODULE, CUDA_MODULE = "semeda_fast._C", "semeda_fast._C_cuda"
+CPU, CUDA = Path("csrc", "cpu"), Path("csrc", "cuda")
 SOURCES = [
     "csrc/bindings.cpp",
     *(f"csrc/cpu/{name}.cpp" for name in ("driver", "features", "labels", "plan")),
 ]
-HEADERS = sorted(path.as_posix() for folder in (Path("csrc"), CPU) for path in folder.glob("*.h"))
+CUDA_KERNELS = sorted(path.as_posix() for path in CUDA.glob("*.cu"))
+CUDA_HOST_SOURCES = sorted(path.as_posix() for path in CUDA.glob("*.cpp"))
+HEADERS, CUDA_HEADERS = (
+    sorted(path.as_posix() for folder in (Path("csrc"), own) for path in (*folder.glob("*.h"), *folder.glob("*.cuh")))
+    for own in (CPU, CUDA)
+)
 # One object file per instruction set, chosen at run time; without its flags a file compiles to "not built".
 INSTRUCTION_SETS = {
     "csrc/cpu/kernels_avx512.cpp": {
@@ -35,6 +55,11 @@ INSTRUCTION_SETS = {
     "csrc/cpu/kernels_avx2.cpp": {"unix": ["-mavx2", "-mfma", "-mf16c"], "msvc": ["/arch:AVX2"]},
     "csrc/cpu/kernels_portable.cpp": {"unix": [], "msvc": []},
 }
+NEEDED = {
+    CPU_MODULE: "It needs a C++17 compiler (the variables CC and CXX name one) and pybind11",
+    CUDA_MODULE: "It needs NVIDIA's CUDA toolkit (CUDA_HOME names its folder; no GPU is needed), a C++17 compiler that "
+    "its nvcc accepts (CXX names one) and pybind11; SEMEDA_FAST_BUILD=cpu installs without it",
+}
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
 
@@ -43,12 +68,27 @@ def requested_mode() -> str:
     mode = os.environ.get("SEMEDA_FAST_BUILD", "").strip().lower() or "auto"
     if mode not in MODES:
         sys.exit(f"SEMEDA_FAST_BUILD must be one of {', '.join(MODES)}; got {mode!r}")
-    if mode == "cuda":
+    if mode == "cuda" and not CUDA_KERNELS:
         sys.exit(
-            "SEMEDA_FAST_BUILD=cuda: this version of semeda_fast has no CUDA source to build; "
+            "SEMEDA_FAST_BUILD=cuda: this source has no CUDA kernels (csrc/cuda/*.cu); "
             "use SEMEDA_FAST_BUILD=auto, cpu or none"
         )
     return mode
+
+
+def requested_architectures() -> list[int] | None:
+    """SEMEDA_FAST_CUDA_ARCHS, checked; empty for the default, None where no CUDA kernels are to be built."""
+    if MODE not in ("auto", "cuda") or not CUDA_KERNELS:
+        return None
+    text = os.environ.get(nvcc.ARCHS_VARIABLE, "")
+    if text.strip().lower() == "none":
+        if MODE == "cuda":
+            sys.exit(f"SEMEDA_FAST_BUILD=cuda builds CUDA kernels, and {nvcc.ARCHS_VARIABLE}=none none; change one")
+        return None
+    try:
+        return nvcc.parse_architectures(text)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def note(text: str) -> None:
@@ -56,44 +96,107 @@ def note(text: str) -> None:
     print(f"semeda_fast: {text}", file=sys.stderr, flush=True)
 
 
-def skipped(cause: object) -> None:
-    """The note of an install that goes on as pure Python."""
-    note(
-        f"installing without the native module semeda_fast._C ({cause}). Everything in Python works; "
-        "to see the full build error, install with SEMEDA_FAST_BUILD=cpu"
-    )
+def skipped(module: str, cause: object) -> None:
+    """The note of an install in mode auto that goes on without a module."""
+    if module == CUDA_MODULE:
+        note(
+            f"going on without the CUDA kernels, {module} ({cause}). Triton and plain PyTorch serve GPUs without them; "
+            "to make this an error, install with SEMEDA_FAST_BUILD=cuda"
+        )
+    else:
+        note(
+            f"installing without the native module {module} ({cause}). Everything in Python works; "
+            "to see the full build error, install with SEMEDA_FAST_BUILD=cpu"
+        )
 
 
 class BuildNative(build_ext):
-    """build_ext that asks the compiler about OpenMP and, in mode auto, survives a failing compiler."""
+    """build_ext that compiles CUDA, asks the compiler about OpenMP and, in mode auto, survives what does not build."""
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        *build_ext.user_options,
+        ("only=", None, "build this extension alone, such as semeda_fast._C_cuda"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.only: str | None = None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.only is not None:
+            names = [extension.name for extension in self.extensions]
+            if self.only not in names:
+                raise OptionError(f"--only must name an extension of this build, {names}; got {self.only!r}")
+            self.extensions = [extension for extension in self.extensions if extension.name == self.only]
 
     def run(self) -> None:
         try:
             super().run()
         except Exception as error:
-            self.handle(error)
+            for extension in self.extensions:
+                self.handle(extension.name, error)
 
     def build_extensions(self) -> None:
-        compile_flags, link_flags = self.openmp_flags()
         if self.compiler.compiler_type == "msvc":
-            compile_flags = ["/O2", "/W3", *compile_flags]
+            compile_flags = ["/O2", "/W3"]
         else:
             # The uninitialised values that GCC sees are its own intrinsics'.
             warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
-            compile_flags = ["-O3", "-ffp-contract=fast", *warnings, *compile_flags]
-        for extension in self.extensions:
+            compile_flags = ["-O3", "-ffp-contract=fast", *warnings]
+        for extension in list(self.extensions):
             extension.extra_compile_args += compile_flags
-            extension.extra_link_args += link_flags
+            if extension.name == CPU_MODULE:
+                openmp_compile_flags, openmp_link_flags = self.openmp_flags()
+                extension.extra_compile_args += openmp_compile_flags
+                extension.extra_link_args += openmp_link_flags
+                continue
+            try:  # before anything is compiled, so that mode cuda fails at once where there is no nvcc
+                self.cuda = self.configure_cuda(extension)
+            except Exception as error:
+                self.handle(extension.name, error)
+                self.extensions = [other for other in self.extensions if other is not extension]
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
+        build = self.build_cuda if ext.name == CUDA_MODULE else self.build_cpu
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # they take nearly all of the time
-                objects = pool.map(lambda source: self.compile_for_instruction_set(ext, source), INSTRUCTION_SETS)
-                ext.extra_objects = list(objects)
-            super().build_extension(ext)
+            build(ext)
         except Exception as error:
-            self.handle(error)
+            self.handle(ext.name, error)
+
+    def build_cpu(self, ext: Extension) -> None:
+        """Compile the kernels of each instruction set, then the rest, and link."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # they take nearly all of the time
+            objects = pool.map(lambda source: self.compile_for_instruction_set(ext, source), INSTRUCTION_SETS)
+            ext.extra_objects = list(objects)
+        super().build_extension(ext)
+
+    def configure_cuda(self, ext: Extension) -> nvcc.Compilation:
+        """Find nvcc, choose the architectures, and tell the compiler about both; how the kernels are compiled."""
+        ccbin = nvcc.host_compiler()
+        toolkit = nvcc.inspect(nvcc.find_nvcc(), ccbin)
+        architectures = nvcc.choose_architectures(ARCHITECTURES or [], toolkit)
+        note(f"CUDA {toolkit.version} ({toolkit.nvcc}) compiles for {nvcc.initialiser(architectures)} (negative: PTX)")
+        ext.define_macros.append(("SEMEDA_FAST_CUDA_ARCHITECTURES", nvcc.initialiser(architectures)))
+        ext.include_dirs += toolkit.include_dirs
+        ext.library_dirs += toolkit.library_dirs
+        ext.libraries.append("cudart_static")  # so that the module imports where there is no CUDA
+        if sys.platform == "linux":
+            ext.libraries += ["rt", "pthread", "dl"]  # of the runtime
+        host_flags = ("/MD", "/W3") if self.compiler.compiler_type == "msvc" else nvcc.HOST_FLAGS
+        options = [*ccbin, *nvcc.compile_options(architectures), f"-Xcompiler={','.join(host_flags)}"]
+        folder = Path(self.build_temp, CUDA).as_posix()
+        return nvcc.Compilation(toolkit, tuple(options), tuple(CUDA_HEADERS), folder)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """Compile the kernels with nvcc, the rest with the host compiler, and link."""
+        ext.extra_objects = self.cuda.compile_all(CUDA_KERNELS, note)
+        forced, self.force = self.force, True  # other architectures are not seen in the files' dates
+        try:
+            super().build_extension(ext)
+        finally:
+            self.force = forced
 
     def compile_for_instruction_set(self, ext: Extension, source: str) -> str:
         """The object file of one set of kernels, with its flags where compiler and target take them."""
@@ -113,15 +216,14 @@ class BuildNative(build_ext):
                 note(f"{source}: this compiler or target does not take {' '.join(flags)}; built without it")
         raise AssertionError("unreachable")
 
-    def handle(self, error: Exception) -> None:
-        """Note the failure in mode auto, end the build in mode cpu."""
+    def handle(self, module: str, error: Exception) -> None:
+        """Note the failure in mode auto, end the build in the others."""
         if MODE == "auto":
-            skipped(error)
+            skipped(module, error)
         else:
             sys.exit(
-                f"SEMEDA_FAST_BUILD={MODE}: the native module did not build: {error}\n"
-                "It needs a C++17 compiler (the variables CC and CXX name one) and pybind11; "
-                "SEMEDA_FAST_BUILD=none installs without it"
+                f"SEMEDA_FAST_BUILD={MODE}: the native module {module} did not build: {error}\n"
+                f"{NEEDED[module]}; SEMEDA_FAST_BUILD=none installs pure Python"
             )
 
     def openmp_flags(self) -> tuple[list[str], list[str]]:
@@ -145,22 +247,28 @@ class BuildNative(build_ext):
 
 
 def native_extensions() -> list[Extension]:
-    """The extension to build in this mode; empty for a pure Python install."""
+    """The extensions to build in this mode; empty for a pure Python install."""
     if MODE == "none":
         note("SEMEDA_FAST_BUILD=none: installing without the native module semeda_fast._C")
         return []
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError as error:
-        if MODE == "cpu":
-            sys.exit(f"SEMEDA_FAST_BUILD=cpu needs pybind11 at build time: {error}; pip install pybind11")
-        skipped(error)
+        if MODE != "auto":
+            sys.exit(f"SEMEDA_FAST_BUILD={MODE} needs pybind11 at build time: {error}; pip install pybind11")
+        skipped(CPU_MODULE, error)
         return []
     # optional: setuptools must not look for the built file after a failure that was only noted.
-    return [Pybind11Extension("semeda_fast._C", SOURCES, depends=HEADERS, cxx_std=17, optional=MODE == "auto")]
+    options = {"cxx_std": 17, "optional": MODE == "auto"}
+    extensions = [Pybind11Extension(CPU_MODULE, SOURCES, depends=HEADERS, **options)]
+    if ARCHITECTURES is not None:
+        depends = [*CUDA_KERNELS, *CUDA_HEADERS]
+        extensions.append(Pybind11Extension(CUDA_MODULE, CUDA_HOST_SOURCES, depends=depends, **options))
+    return extensions
 
 
 MODE = requested_mode()
+ARCHITECTURES = requested_architectures()
 
 setup(
     packages=["semeda_fast", "semeda_fast.proxy", "semeda_fast.kernels"],
