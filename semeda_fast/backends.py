@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from . import cpu, reference, triton_ops
+from . import cpu, cuda_ops, reference, triton_ops
 from .errors import BackendUnavailableError
 from .proxy.network import why_not_fused
 from .spec import LossSpec, LossTerms
@@ -26,7 +25,11 @@ def _never() -> str | None:
     return None
 
 
-def _anything(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+def _anything(logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+    return None
+
+
+def _works(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
     return None
 
 
@@ -37,8 +40,10 @@ class Backend:
     Attributes:
         devices: device types it runs on, best first; empty means any.
         why_unavailable: None where it can run on this machine, else the cause and the remedy.
-        why_unsupported: (logits, weights, spec) -> None, or why it cannot do this very computation.
+        why_unsupported: (logits, target, weights, spec) -> None, or why it cannot do this very computation.
             Looks at metadata only.
+        why_failing: (logits, weights, spec) -> None, or why it does not work here although it should: what a trial on
+            a tiny image found, once for a device and a proxy. Looks at metadata only.
         fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
         checks_labels: whether it looks for bad labels itself while it reads them.
         by_name_on: device types on which it runs only where it is named: an interpreter is for tests.
@@ -49,19 +54,20 @@ class Backend:
     run: RunFunction | None
     devices: tuple[str, ...] = ()
     why_unavailable: Callable[[], str | None] = _never
-    why_unsupported: Callable[[Tensor, Sequence[Tensor], LossSpec], str | None] = _anything
+    why_unsupported: Callable[[Tensor, Tensor, Sequence[Tensor], LossSpec], str | None] = _anything
+    why_failing: Callable[[Tensor, Sequence[Tensor], LossSpec], str | None] = _works
     fused: bool = False
     checks_labels: bool = False
     by_name_on: tuple[str, ...] = ()
     half_products: bool = False
 
-    def refusal(self, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
-        """Why this backend cannot take these arguments, or None."""
+    def refusal(self, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+        """Why this backend leaves these arguments to others, or None; a trial is not part of it."""
         if self.devices and logits.device.type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the logits are on {logits.device.type}"
         if self.fused and (reason := why_not_fused(weights, spec.strides, spec.dilations, spec.pools)):
             return reason
-        return self.why_unsupported(logits, weights, spec)
+        return self.why_unsupported(logits, target, weights, spec)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,13 @@ class BackendInfo:
         backends: one status a backend.
         auto: device type -> the backend that "auto" takes there for a proxy that the fused kernels can run.
         fallbacks: why "auto" fell back to the reference so far in this process.
+        failures: why "auto" left a backend for another fused one so far: it failed on a tiny image.
     """
 
     backends: tuple[BackendStatus, ...]
     auto: dict[str, str]
     fallbacks: tuple[str, ...]
+    failures: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("backend", "available", "devices", "note")]
@@ -97,11 +105,13 @@ class BackendInfo:
         lines = ["  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]).rstrip() for row in rows]
         lines.append("auto: " + ", ".join(f"{device} -> {name}" for device, name in self.auto.items()))
         lines.extend(f"fell back to reference: {reason}" for reason in self.fallbacks)
+        lines.extend(f"fell back to another fused backend: {reason}" for reason in self.failures)
         return "\n".join(lines)
 
 
 _registry: dict[str, Backend] = {}
 _fallbacks: dict[str, None] = {}  # a set that keeps its order
+_failures: dict[str, None] = {}
 
 
 def register(backend: Backend) -> None:
@@ -148,41 +158,51 @@ def check_name(name: str) -> None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
 
 
-def choose(name: str, logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> Backend:
+def choose(name: str, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> Backend:
     """The backend to run; looks at metadata only.
 
-    A backend asked for by name runs or raises. "auto" takes the first that can, and says once, in a
-    warning, why the fused ones could not; `backend_info().fallbacks` keeps the reasons.
+    A backend asked for by name runs or raises. "auto" takes the first fused one that can: silently where others leave
+    the computation to it, with one warning where another should work and fails its trial. Where only the reference is
+    left it says once, in a warning, why the fused ones could not; `backend_info()` keeps the reasons.
 
     Raises:
-        ValueError: unknown name, or the named backend cannot do this computation.
+        ValueError: unknown name, or the named backend cannot do this computation, or fails on this device.
         BackendUnavailableError: the named backend cannot run on this machine.
     """
     check_name(name)
     if name != "auto":
         backend = _registry[name]
-        reason = backend.refusal(logits, weights, spec)
-        if reason is not None:
+        if reason := backend.refusal(logits, target, weights, spec):
             raise ValueError(f"backend {name!r} cannot do this: {reason}; use backend='auto' or 'reference'")
+        if reason := backend.why_failing(logits, weights, spec):
+            raise ValueError(f"backend {name!r} does not work here: {reason}; use backend='auto' or 'reference'")
         return backend
-    reasons = []
+    refusals, failures = [], []
     for backend in reversed(_registry.values()):
         device = logits.device.type
         if not backend.fused or device in backend.by_name_on or (backend.devices and device not in backend.devices):
             continue
         if backend.why_unavailable() is not None:
             continue
-        reason = backend.refusal(logits, weights, spec)
-        if reason is None:
+        if reason := backend.refusal(logits, target, weights, spec):
+            refusals.append(reason)
+        elif reason := backend.why_failing(logits, weights, spec):
+            failures.append(reason)
+        else:
+            _warn_once(_failures, failures, f"SemedaLoss runs on the backend {backend.name!r}")
             return backend
-        reasons.append(reason)
     # What no fused backend will ever take is said even where none is installed.
     general = why_not_fused(weights, spec.strides, spec.dilations, spec.pools)
-    for reason in dict.fromkeys([general, *reasons] if general else reasons):
-        if reason not in _fallbacks:
-            _fallbacks[reason] = None
-            warnings.warn(f"SemedaLoss runs on the slower reference backend: {reason}", stacklevel=2)
+    reasons = [*([general] if general else []), *refusals, *failures]
+    _warn_once(_fallbacks, reasons, "SemedaLoss runs on the slower reference backend")
     return _registry["reference"]
+
+
+def _warn_once(said: dict[str, None], reasons: Sequence[str], what: str) -> None:
+    for reason in reasons:
+        if reason not in said:
+            said[reason] = None
+            warnings.warn(f"{what}: {reason}", stacklevel=3)
 
 
 def backend_info() -> BackendInfo:
@@ -196,19 +216,26 @@ def backend_info() -> BackendInfo:
         names_here = available_names(device)
         fused = [b.name for b in _registry.values() if b.fused and device not in b.by_name_on and b.name in names_here]
         auto[device] = fused[-1] if fused else "reference"
-    return BackendInfo(tuple(statuses), auto, tuple(_fallbacks))
-
-
-def _planned(what: str) -> Callable[[], str]:
-    def reason() -> str:
-        note = "" if torch.cuda.is_available() else " (and torch sees no GPU here)"
-        return f"this version has no {what} yet{note}; use backend='auto' or 'reference'"
-
-    return reason
+    return BackendInfo(tuple(statuses), auto, tuple(_fallbacks), tuple(_failures))
 
 
 register(Backend("reference", reference.loss_terms))
 register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True, checks_labels=True))
+# Before "triton", so that "auto" takes that where both can: no table of measurements says yet that "cuda" is faster.
+register(
+    Backend(
+        "cuda",
+        cuda_ops.run,
+        ("cpu",) if cuda_ops.emulated() else ("cuda",),  # an emulation reads no memory of a GPU
+        cuda_ops.why_unavailable,
+        cuda_ops.why_unsupported,
+        cuda_ops.why_failing,
+        fused=True,
+        checks_labels=True,
+        by_name_on=("cpu",),
+        half_products=True,
+    )
+)
 register(
     Backend(
         "triton",
@@ -216,10 +243,10 @@ register(
         ("cuda", "xpu", "cpu") if triton_ops.interpreted() else ("cuda", "xpu"),
         triton_ops.why_unavailable,
         triton_ops.why_unsupported,
+        triton_ops.why_failing,
         fused=True,
         checks_labels=True,
         by_name_on=("cpu",),
         half_products=True,
     )
 )
-register(Backend("cuda", None, ("cuda",), _planned("CUDA kernels"), fused=True))

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_labels
 from .config import FusedConfig
-from .fused import FusedOps, Outputs, Problem, Saved, why_not_taken
-from .native import native_info, native_module, tensor_view
-from .spec import DISTANCES, TAPS, LossSpec
+from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, why_not_taken
+from .native import native_info, native_module
+from .params import add_gradients, fill
+from .spec import LossSpec
 
+WHOSE = "the fused CPU kernels"
 MAX_CLASSES = 1024  # csrc/cpu/api.h
 UNIT = 16  # pixels in a word of codes, csrc/cpu/plan.h
 
@@ -24,9 +25,9 @@ def why_unavailable() -> str | None:
     return None if info.available else info.reason
 
 
-def why_unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+def why_unsupported(logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
     """What these kernels leave to the reference, or None. Looks at metadata only."""
-    return why_not_taken("the fused CPU kernels", MAX_CLASSES, logits, weights, spec)
+    return why_not_taken(WHOSE, MAX_CLASSES, logits, weights, spec)
 
 
 def code_bytes(channels: Sequence[int], width: int, tap: str, distance: str) -> int:
@@ -45,42 +46,10 @@ def saved_floats(channels: Sequence[int], width: int, distance: str) -> int:
 
 def _params(problem: Problem) -> tuple[Any, list[Tensor]]:
     """The problem as plain data, and the tensors that must outlive it."""
-    logits, target, valid, class_weight, flat, config = problem
     module = native_module()
     if module is None:
         raise RuntimeError(f"semeda_fast's CPU kernels were called without them: {native_info().reason}")
-    keep: list[Tensor] = []
-
-    def float32(tensor: Tensor) -> Tensor:
-        keep.append(tensor.detach().to(torch.float32).contiguous())
-        return keep[-1]
-
-    params = module.LossParams()
-    params.n, _, params.h, params.w = logits.shape
-    params.classes = config.channels[0]
-    params.binary = config.mode == "binary"
-    params.logits = tensor_view(module, logits)
-    params.soft = target.is_floating_point()
-    if params.soft:
-        params.soft_channels = target.shape[1]
-        target = float32(target) if target.dtype == torch.float64 else target
-    params.target = tensor_view(module, target)
-    if valid is not None:
-        params.valid = tensor_view(module, valid)
-    if class_weight is not None:
-        params.class_weight = float32(class_weight).data_ptr()
-    params.ignore_index = config.ignore_index
-    params.label_smoothing = config.label_smoothing
-    params.tap = TAPS.index(config.tap)
-    params.distance = DISTANCES.index(config.distance)
-    weight = flat.data_ptr()
-    bias = weight + 4 * (config.parameters - sum(config.channels[1:]))
-    shapes = zip(config.channels, config.channels[1:], config.sizes, strict=False)
-    for (before, out, size), w, s in zip(shapes, config.layer_weights, config.layer_scales, strict=True):
-        inverse = 1 / (out * s)
-        params.add_layer(weight, bias, out, before, size, inverse, w * inverse)
-        weight += 4 * out * before * size * size
-        bias += 4 * out
+    params, keep = fill(module, problem)
     params.threads = torch.get_num_threads()
     return params, keep
 
@@ -108,9 +77,8 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
     native_module().cpu_forward(params)
     del keep
     ce, semeda, ce_weight = terms[:3].tolist()
-    if config.check_labels and int(counts[1]):
-        spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
-        check_labels(problem.logits, problem.target, problem.valid, spec)  # raises
+    if config.check_labels:
+        assert_labels(problem, counts[1])
     if not config.per_pixel:
         outputs.ce.fill_(ce)
         outputs.semeda.fill_(semeda)
@@ -124,13 +92,11 @@ def _backward(
 ) -> None:
     params, keep = _params(problem)
     module = native_module()
-    params.d_ce, params.d_semeda = tensor_view(module, d_ce), tensor_view(module, d_semeda)
-    params.d_semeda_is_map = d_semeda.dim() > 0
-    params.d_logits = tensor_view(module, d_logits)
+    add_gradients(module, params, d_ce, d_semeda, d_logits)
     params.codes = codes.data_ptr()
     params.saved_d = saved_d.data_ptr() if saved_d.numel() else 0
     module.cpu_backward(params)
     del keep
 
 
-run = FusedOps("cpu", ("CPU",), _saved, _forward, _backward).run
+run = FusedOps("cpu", WHOSE, ("CPU",), _saved, _forward, _backward).run

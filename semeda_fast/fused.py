@@ -8,11 +8,13 @@ are, for any shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_labels
 from .config import FusedConfig, config_text, parse_config
 from .spec import LossSpec, LossTerms
 
@@ -39,6 +41,15 @@ class Outputs(NamedTuple):
     codes: Tensor  # for backward alone, and empty where no gradient will be asked for
     saved_d: Tensor
 
+    def take(self, terms: Tensor, counts: Tensor) -> None:
+        """Copy what kernels wrote, without waiting: terms [3 + L] fp32, counts [2] int64; maps are there already."""
+        if not self.ce.dim():
+            self.ce.copy_(terms[0])
+            self.semeda.copy_(terms[1])
+        self.ce_weight.copy_(terms[2])
+        self.per_layer.copy_(terms[3:])
+        self.valid_count.copy_(counts[0])
+
 
 class Saved(NamedTuple):
     """Shapes and dtype of what is kept for backward."""
@@ -51,6 +62,36 @@ class Saved(NamedTuple):
 ForwardFunction = Callable[[Problem, Outputs], None]  # fills all of Outputs
 BackwardFunction = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # codes ... d_logits, filled
 SavedFunction = Callable[[Tensor, FusedConfig], Saved]
+
+
+def assert_labels(problem: Problem, bad: Tensor) -> None:
+    """Object to labels that are no class: an asynchronous assert, or on the CPU the error of the checks at once.
+
+    Args:
+        bad: [] int64, how many a kernel has found, on the logits' device.
+
+    Raises:
+        ValueError: on the CPU; the text names the labels.
+    """
+    if bad.device.type == "cpu":
+        if int(bad):
+            config = problem.config
+            spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
+            check_labels(problem.logits, problem.target, problem.valid, spec)
+        return
+    torch._assert_async(
+        bad == 0,
+        "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
+        "run once with validate='always' to see which",
+    )
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes a tensor's device the current one, on which kernels are launched."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device(tensor.device)
+    return context
 
 
 def why_not_taken(
@@ -80,6 +121,7 @@ class FusedOps:
 
     Args:
         name: of the backend, and of its operators.
+        whose: names the kernels in messages.
         keys: dispatch keys, such as "CPU".
         saved: (logits, config) -> what forward keeps for backward.
     """
@@ -87,13 +129,14 @@ class FusedOps:
     def __init__(
         self,
         name: str,
+        whose: str,
         keys: Sequence[str],
         saved: SavedFunction,
         forward: ForwardFunction,
         backward: BackwardFunction,
     ) -> None:
-        self.name = name
-        self._saved, self._forward, self._backward = saved, forward, backward
+        self.name, self.whose = name, whose
+        self.forward, self.backward, self._saved = forward, backward, saved
         tags = (torch.Tag.pt2_compliant_tag,)
         _library.define(
             f"{name}_forward(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor flat, "
@@ -165,7 +208,7 @@ class FusedOps:
     ) -> tuple[Tensor, ...]:
         settings = parse_config(config)
         outputs = self.outputs(logits, settings, save)
-        self._forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
+        self.forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
         return tuple(outputs)
 
     def _fake_forward(
@@ -197,7 +240,7 @@ class FusedOps:
         d_logits = torch.empty_like(logits)
         problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
         d_ce, d_semeda = d_ce.to(torch.float32), d_semeda.to(torch.float32)
-        self._backward(problem, codes, saved_d, d_ce, d_semeda, d_logits)
+        self.backward(problem, codes, saved_d, d_ce, d_semeda, d_logits)
         return d_logits
 
     def _differentiate(self, ctx: Any, d_ce: Tensor | None, d_semeda: Tensor | None, *_: None) -> tuple[Any, ...]:

@@ -1,16 +1,20 @@
-"""The compiled module `semeda_fast._C`: loaded on first use, and never a reason for an import to fail."""
+"""The compiled modules `_C` and `_C_cuda`: loaded on first use, and never a reason for an import to fail."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# The path of the CUDA module that emulates a GPU on the CPU (tests/cuda_emulated.py), or "".
+CUDA_EMULATION = os.environ.get("SEMEDA_FAST_CUDA_EMULATION", "")
 
 _DTYPES = {  # DType in csrc/params.h
     torch.float32: 0,
@@ -47,20 +51,45 @@ class NativeInfo:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The module, or None and the reason."""
-    # torch comes first, so that OpenMP resolves to the runtime that torch.set_num_threads controls.
-    importlib.import_module("torch")
-    if importlib.util.find_spec("semeda_fast._C") is None:
-        return None, (
-            "semeda_fast._C is not installed: semeda_fast was installed with SEMEDA_FAST_BUILD=none or "
-            "without a working C++ compiler. Install from source with SEMEDA_FAST_BUILD=cpu to build it, "
-            "or to see why it does not build"
+    """The CPU module, or None and the reason."""
+    return _import(
+        "semeda_fast._C",
+        "semeda_fast was installed with SEMEDA_FAST_BUILD=none or without a working C++ compiler. Install from "
+        "source with SEMEDA_FAST_BUILD=cpu to build it, or to see why it does not build",
+    )
+
+
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    """The CUDA module, or what stands for it in tests, or None and the reason."""
+    if not CUDA_EMULATION:
+        return _import(
+            "semeda_fast._C_cuda",
+            "semeda_fast was built without nvcc. Install from source with SEMEDA_FAST_BUILD=cuda where the CUDA "
+            "toolkit's nvcc is in PATH to build it, or to see why it does not build",
         )
     try:
-        return importlib.import_module("semeda_fast._C"), ""
+        spec = importlib.util.spec_from_file_location("semeda_fast._C_cuda_emulated", CUDA_EMULATION)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, AssertionError) as error:
+        return None, f"{CUDA_EMULATION}, named by SEMEDA_FAST_CUDA_EMULATION, cannot be loaded: {error}"
+    return module, ""
+
+
+def _import(name: str, absent: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or None and the reason; `absent` says why it may be missing, and what to do."""
+    # torch comes first, so that OpenMP resolves to the runtime that torch.set_num_threads controls.
+    importlib.import_module("torch")
+    if importlib.util.find_spec(name) is None:
+        return None, f"{name} is not installed: {absent}"
+    try:
+        return importlib.import_module(name), ""
     except ImportError as error:
         return None, (
-            f"semeda_fast._C is installed but cannot be loaded: {error}. Install semeda_fast again "
+            f"{name} is installed but cannot be loaded: {error}. Install semeda_fast again "
             "with this Python, so that the two match"
         )
 
@@ -79,12 +108,48 @@ def native_info() -> NativeInfo:
     return NativeInfo(available=True, reason="", build=module.build_info(), cpu=module.cpu_features())
 
 
+@dataclass(frozen=True)
+class CudaInfo:
+    """What is known of the compiled CUDA module; asks no driver.
+
+    Attributes:
+        available: whether `semeda_fast._C_cuda` is loaded; a GPU may be missing all the same.
+        reason: why it is not, and what to do; empty when it is.
+        architectures: what it holds code for: 80 is sm_80, -90 is PTX for 9.0 and later.
+        emulated: whether the kernels run in an emulation on the CPU, which is for tests.
+    """
+
+    available: bool
+    reason: str
+    architectures: tuple[int, ...] = ()
+    emulated: bool = False
+
+
+def cuda_module() -> Any:
+    """`semeda_fast._C_cuda`, or None where it cannot be loaded."""
+    return _load_cuda()[0]
+
+
+@functools.cache
+def cuda_info() -> CudaInfo:
+    """Whether the compiled CUDA module is there, and what it was built for."""
+    module, reason = _load_cuda()
+    if module is None:
+        return CudaInfo(False, reason, emulated=bool(CUDA_EMULATION))
+    return CudaInfo(True, "", tuple(module.architectures()), bool(CUDA_EMULATION))
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number of a dtype in LossParams; KeyError for one that no kernel reads."""
+    return _DTYPES[dtype]
+
+
 def tensor_view(module: Any, tensor: Tensor) -> Any:
     """Address, dtype and strides of [N,C,H,W], [N,H,W] or []: what lacks a dimension repeats along it."""
     strides = tensor.stride()
     if len(strides) == 3:
         strides = (strides[0], 0, *strides[1:])
-    return module.View(tensor.data_ptr(), _DTYPES[tensor.dtype], list(strides or (0, 0, 0, 0)))
+    return module.View(tensor.data_ptr(), dtype_code(tensor.dtype), list(strides or (0, 0, 0, 0)))
 
 
 def has_bad_label(target: Tensor, valid: Tensor | None, num_classes: int, ignore_index: int) -> bool | None:

@@ -61,7 +61,7 @@ def _loss_terms(
         per_pixel=per_pixel,
     )
     checks.check_tensors(logits, target, valid, class_weight, weights, spec)
-    chosen = backends.choose(backend, logits, weights, spec)
+    chosen = backends.choose(backend, logits, target, weights, spec)
     assert chosen.run is not None, f"backend {chosen.name} is available but has nothing to run"
     with torch.autocast(logits.device.type, enabled=False):
         if chosen.checks_labels:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+import re
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
+import cuda_emulated
 import pytest
 import torch
 
-# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+# Before anything imports Triton or semeda_fast: without a GPU Triton's kernels run in the interpreter, CUDA's in an
+# emulation.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    cuda_emulated.announce()
 else:  # the reference is judged as fp32, which cuDNN's default would round to 10 bits
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -57,6 +62,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_wanted(item: pytest.Item) -> bool:
     case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
     return not isinstance(case, Case) or interpreted.wanted(item.name, case.backend, case.device)
+
+
+# Backends that take part of the options alone; test_cuda_backend.py pins down which.
+SELECTIVE = ("cuda",)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A guarantee about what a selective backend refuses is skipped for it, with its own reason."""
+    try:
+        return (yield)
+    except Exception as error:  # the refusal itself, or the compiler's error around it
+        reason = _refusal(item, error)
+        if reason:
+            pytest.skip(reason)
+        raise
+
+
+def _refusal(item: pytest.Item, error: Exception) -> str:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    backend = params["case"].backend if "case" in params else params.get("backend")
+    if backend not in SELECTIVE or isinstance(error, AssertionError):
+        return ""
+    found = re.search(rf"backend '{backend}' cannot do this: (.*?); use backend=", str(error))
+    return found[1] if found else ""
 
 
 @pytest.fixture(autouse=True)

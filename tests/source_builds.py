@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "semeda_fast", "kernels", "csrc")
 # What may direct a build, or another package's import.
 DROPPED = ("SEMEDA_FAST_BUILD", "SEMEDA_FAST_CUDA_ARCHS", "PYTHONPATH", "PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
-DROPPED += ("PIP_NO_BUILD_ISOLATION", "CUDA_HOME", "CUDA_PATH")
+DROPPED += ("PIP_NO_BUILD_ISOLATION", "CUDA_HOME", "CUDA_PATH", "SEMEDA_FAST_CUDA_EMULATION")
 
 # Builds with no compiler that could be found: CC and CXX name nothing, and the PATH is empty.
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/nonexistent"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,27 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         made.append(spec.distance)
         return reference.loss_terms(logits, target, valid, class_weight, weights, biases, spec)
 
-    def unsupported(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+    def unsupported(logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
+        if target.is_floating_point():
+            return "it takes labels alone"
         return "it has no l2 distance" if spec.distance == "l2" else None
 
     backends.register(backends.Backend("twin", run, ("cpu",), why_unsupported=unsupported, fused=True))
     yield made
     backends._fallbacks.clear()
+    backends._failures.clear()
+
+
+def register_better(
+    calls: list[str], why_unsupported: Callable[..., str | None], why_failing: Callable[..., str | None]
+) -> None:
+    """A fused backend that "auto" prefers to "twin"; its calls are noted as "better"."""
+
+    def run(*arguments: Any) -> LossTerms:
+        calls.append("better")
+        return reference.loss_terms(*arguments)
+
+    backends.register(backends.Backend("better", run, ("cpu",), backends._never, why_unsupported, why_failing, True))
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
@@ -90,6 +106,55 @@ def test_a_named_backend_never_falls_back(calls: list[str]) -> None:
     criterion = SemedaLoss(make_proxy(), distance="l2", ignore_index=VOID, backend="twin")
     with pytest.raises(ValueError, match="backend 'twin' cannot do this: it has no l2 distance"):
         criterion(*make_inputs())
+
+
+def test_a_backend_is_asked_about_the_target(calls: list[str]) -> None:
+    logits, target = make_inputs(void=0.0)
+    soft = torch.nn.functional.one_hot(target).movedim(-1, 1).float()
+    with pytest.raises(ValueError, match="backend 'twin' cannot do this: it takes labels alone"):
+        SemedaLoss(make_proxy(), backend="twin")(logits, soft)
+    with pytest.warns(UserWarning, match="slower reference backend: it takes labels alone"):
+        SemedaLoss(make_proxy())(logits, soft)
+    assert calls == []
+
+
+def test_what_one_fused_backend_leaves_another_takes_silently(calls: list[str]) -> None:
+    register_better(calls, lambda logits, target, weights, spec: "a map" if spec.per_pixel else None, backends._works)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SemedaLoss(make_proxy(), ignore_index=VOID)(*make_inputs())
+        SemedaLoss(make_proxy(), ignore_index=VOID, reduction="none")(*make_inputs())
+    assert calls == ["better", "l1"]
+    assert backend_info().fallbacks == backend_info().failures == ()
+
+
+def test_a_failed_trial_means_one_warning_and_the_next_fused_backend(calls: list[str]) -> None:
+    register_better(calls, backends._anything, lambda logits, weights, spec: "its driver is broken")
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID)
+    with pytest.warns(UserWarning, match="SemedaLoss runs on the backend 'twin': its driver is broken"):
+        criterion(*make_inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(*make_inputs())
+    assert calls == ["l1", "l1"]
+    assert backend_info().failures == ("its driver is broken",)
+    assert backend_info().fallbacks == ()
+    assert "fell back to another fused backend: its driver is broken" in str(backend_info())
+    with pytest.raises(ValueError, match="backend 'better' does not work here: its driver is broken; use backend="):
+        SemedaLoss(make_proxy(), ignore_index=VOID, backend="better")(*make_inputs())
+
+
+def test_no_trial_of_what_a_backend_refuses(calls: list[str]) -> None:
+    def trial(*_: Any) -> str:
+        raise AssertionError("a trial takes time")
+
+    register_better(calls, lambda *_: "never", trial)
+    SemedaLoss(make_proxy(), ignore_index=VOID)(*make_inputs())
+    assert calls == ["l1"]
+
+
+def test_triton_goes_before_cuda_until_measurements_say_otherwise() -> None:
+    assert [name for name in backends.names() if name in ("cuda", "triton")] == ["cuda", "triton"]
 
 
 def test_a_wide_proxy_runs_on_the_reference_and_says_so_once() -> None:

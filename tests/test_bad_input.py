@@ -74,6 +74,7 @@ def test_nan_logits_make_a_nan_loss_or_an_error(case: Case) -> None:
 def test_distributions_are_checked_on_request(case: Case) -> None:
     logits, target = make_inputs(void=0.0, device=case.device)
     careful = SemedaLoss(make_proxy(), backend=case.backend, validate="always").to(case.device)
+    assert torch.isfinite(careful(logits, logits.detach().softmax(1)))
     with pytest.raises(ValueError, match="target must lie in"):
         careful(logits, 2 * logits.detach().softmax(1))
     # The fused backends take logits alone, and "auto" is what a user gets then.

@@ -14,7 +14,7 @@ import torch
 from helpers import VOID, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 
-from semeda_fast import SemedaLoss, backend_info, backends, triton_ops
+from semeda_fast import SemedaLoss, backend_info, backends, trial, triton_ops
 from semeda_fast.config import config_text
 from semeda_fast.fused import Outputs, Problem
 from semeda_fast.spec import LossSpec
@@ -28,10 +28,10 @@ CONTEXTS = [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", t
 
 @pytest.fixture(autouse=True)
 def _no_trial_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(triton_ops, "TRIAL_SIZE", (6, 9))  # the interpreter takes seconds for more
-    triton_ops.trial.cache_clear()
+    monkeypatch.setattr(trial, "TRIAL_SIZE", (6, 9))  # the interpreter takes seconds for more
+    trial.trial.cache_clear()
     yield
-    triton_ops.trial.cache_clear()
+    trial.trial.cache_clear()
 
 
 @pytest.fixture
@@ -63,20 +63,20 @@ def some_config(per_pixel: bool = False) -> str:
 )
 def test_a_trial_that_works(context: Callable[[], AbstractContextManager[None]], per_pixel: bool) -> None:
     with context():
-        assert triton_ops.trial(some_config(per_pixel), torch.bfloat16, torch.channels_last, CPU) is None
+        assert trial.trial(triton_ops.ops, some_config(per_pixel), torch.bfloat16, torch.channels_last, CPU) is None
 
 
 @needs_interpreter
 def test_a_trial_leaves_the_callers_random_numbers_alone() -> None:
     before = torch.get_rng_state()
-    triton_ops.trial(some_config(), torch.float32, NCHW, CPU)
+    trial.trial(triton_ops.ops, some_config(), torch.float32, NCHW, CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @needs_interpreter
 @pytest.mark.parametrize("wrong", ["semeda", "gradient"])
 def test_a_trial_that_computes_something_else(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, backward = triton_ops._forward, triton_ops._backward
+    forward, backward = triton_ops.ops.forward, triton_ops.ops.backward
 
     def wrong_forward(problem: Problem, outputs: Outputs) -> None:
         forward(problem, outputs)
@@ -87,17 +87,17 @@ def test_a_trial_that_computes_something_else(wrong: str, monkeypatch: pytest.Mo
         tensors[-1].neg_()
 
     if wrong == "semeda":
-        monkeypatch.setattr(triton_ops, "_forward", wrong_forward)
+        monkeypatch.setattr(triton_ops.ops, "forward", wrong_forward)
     else:
-        monkeypatch.setattr(triton_ops, "_backward", wrong_backward)
-    reason = triton_ops.trial(some_config(), torch.float32, NCHW, CPU)
+        monkeypatch.setattr(triton_ops.ops, "backward", wrong_backward)
+    reason = trial.trial(triton_ops.ops, some_config(), torch.float32, NCHW, CPU)
     assert reason is not None
     what = {"semeda": "the SEMEDA term is off by 0.05", "gradient": "the gradient is off by 2"}[wrong]
     assert reason == f"the Triton kernels compute wrong values on cpu: {what} of its size; please report this"
 
 
 def test_a_trial_that_fails_says_why(broken: None) -> None:
-    reason = triton_ops.trial(some_config(), torch.float32, NCHW, CPU)
+    reason = trial.trial(triton_ops.ops, some_config(), torch.float32, NCHW, CPU)
     assert reason == "the Triton kernels do not compile or run on cpu: RuntimeError: PassManager::run failed"
 
 
@@ -117,6 +117,7 @@ def test_automatically_a_failed_trial_means_one_warning_and_the_reference(broken
             triton_ops.run,
             ("cpu",),
             why_unsupported=triton_ops.why_unsupported,
+            why_failing=triton_ops.why_failing,
             fused=True,
             checks_labels=True,
         )
@@ -146,10 +147,10 @@ def test_a_trial_happens_with_real_tensors_while_a_compiler_traces(compiled_here
     logits, target = make_inputs(n=1, h=5, w=6)
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend="triton")
     eager = criterion(logits, target)
-    triton_ops.trial.cache_clear()
+    trial.trial.cache_clear()
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits, target), eager)
-    assert triton_ops.trial.cache_info().misses == 1
+    assert trial.trial.cache_info().misses == 1
 
 
 @needs_interpreter
@@ -170,14 +171,14 @@ def test_the_interpreter_is_never_chosen_by_itself() -> None:
     ],
 )
 def test_what_is_left_to_the_reference(options: dict[str, bool], dtype: torch.dtype, reason: str) -> None:
-    proxy = make_proxy()
+    logits, target = torch.zeros(1, 5, 4, 4, dtype=dtype), torch.zeros(1, 4, 4, dtype=torch.int64)
     spec = LossSpec((), (), (), (), (), **options)
-    assert reason in str(triton_ops.why_unsupported(torch.zeros(1, 5, 4, 4, dtype=dtype), proxy.weights, spec))
+    assert reason in str(triton_ops.why_unsupported(logits, target, make_proxy().weights, spec))
 
 
 def test_more_classes_than_a_program_holds() -> None:
-    weights = make_proxy(257).weights
-    reason = triton_ops.why_unsupported(torch.zeros(1, 257, 4, 4), weights, LossSpec((), (), (), (), ()))
+    logits, target = torch.zeros(1, 257, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    reason = triton_ops.why_unsupported(logits, target, make_proxy(257).weights, LossSpec((), (), (), (), ()))
     assert reason == "the Triton kernels take up to 256 classes, the proxy has 257"
 
 

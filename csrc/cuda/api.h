@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,14 @@ std::int64_t workspace_bytes(const LossParams& params, int device);
 // An error of a launch is thrown as std::runtime_error.
 void forward(const LossParams& params, void* workspace, int device, std::uintptr_t stream);
 void backward(const LossParams& params, void* workspace, int device, std::uintptr_t stream);
+
+// How a loss would be cut into tiles on a device: rows, columns, tiles, shared (bytes a block), resident
+// (weights stay in shared memory), blocks (of the grid), workspace. For measurements and tests.
+std::map<std::string, std::int64_t> plan(const LossParams& params, int device, bool backward);
+
+// A tile of so many rows, and hidden rows of so many pixels, in place of the best; 0, 0 for the best. For
+// measurements: forward and backward of one loss may use different ones.
+void force_tile(int tile_h, int width);
 
 // Architectures that this build holds code for, such as 80; a negative number is PTX for it and all later
 // ones.

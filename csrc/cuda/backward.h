@@ -250,7 +250,7 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
         }
         if (p.smoothing > 0)
             for (int c = 0; c < p.classes; ++c) weights += class_weight(p, c);
-        const float inverse = 1.f / total;
+        const float inverse = label.bad ? not_a_number() : 1.f / total;  // such a label must not pass
         const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c)
@@ -281,7 +281,7 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
             dot += s * warp.load<float>(d_p + 4 * c);
             if (p.smoothing > 0) weights += class_weight(p, c);
         }
-        const float inverse = 1.f / total;
+        const float inverse = label.bad ? not_a_number() : 1.f / total;  // such a label must not pass
         const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
 #pragma unroll 4
         for (int c = 0; c < p.classes; ++c) {

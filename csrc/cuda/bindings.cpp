@@ -35,5 +35,8 @@ PYBIND11_MODULE(SEMEDA_FAST_CUDA_MODULE, module) {
                "Bytes of scratch on the device, for either direction.");
     module.def("cuda_forward", &run<gpu::forward>, unlocked, "Queue cross-entropy, distances and codes.");
     module.def("cuda_backward", &run<gpu::backward>, unlocked, "Queue the gradient of the logits.");
+    module.def("plan", &gpu::plan, "How a loss is cut into tiles on a device.");
+    module.def("force_tile", &gpu::force_tile,
+               "Rows and width of tiles for measurements; 0, 0 for the best.");
     module.def("architectures", &gpu::architectures, "Built for: 80 is sm_80, -90 is PTX for 9.0 and later.");
 }

@@ -94,6 +94,10 @@ std::int64_t workspace_bytes(const LossParams& params, int device) {
                     make_launch(params, facts, true, nullptr).workspace);
 }
 
+std::map<std::string, std::int64_t> plan(const LossParams& params, int device, bool backward) {
+    return plan_facts(make_launch(params, device_facts(device), backward, nullptr));
+}
+
 void forward(const LossParams& params, void* workspace, int device, std::uintptr_t stream) {
     const OnDevice guard(device);
     const auto queue = reinterpret_cast<cudaStream_t>(stream);

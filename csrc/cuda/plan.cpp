@@ -1,7 +1,11 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <tuple>
 
 #include "api.h"
 
@@ -52,16 +56,14 @@ struct Shape {
 
 int round_up(int bytes) { return divide_up(bytes, PIECE) * PIECE; }
 
-int unit_rows_of(const Shape& s, int out_tiles) {
-    return unit_rows(out_tiles, unit_sums(s.min_blocks()));
-}
+int unit_rows_of(const Shape& s, int out_tiles) { return unit_rows(out_tiles, unit_sums(s.min_blocks())); }
 
 struct Candidate {
     Tiling tiling;
     SharedPlan shared;
     bool resident;
     int strip_rows, d_p_pitch;
-    double seconds;  // in no particular unit
+    double seconds;  // of the whole launch, in no particular unit
     int blocks_per_multiprocessor;
 };
 
@@ -155,38 +157,63 @@ void place_backward(const Shape& s, Candidate& c) {
     m.bytes = at + areas.size[0] + areas.size[1];
 }
 
-// A guess at cycles of a multiprocessor for one tile: products at the rate of sm_80, work on pixels and
-// features at a few instructions each, weights copied from the cache. It ranks tiles; nothing else depends on
-// it.
-double tile_cycles(const Shape& s, const Candidate& c) {
+// A guess at what a tile costs a multiprocessor. It ranks tiles; no result depends on it.
+struct Cycles {
+    double busy = 0;  // while other blocks could not compute
+    double idle = 0;  // waiting: for memory, for matrices, for the last warps of a phase
+
+    // A phase of so many units of work, each a warp's, `cost` cycles of the whole multiprocessor; `latency`
+    // is what a warp waits in each.
+    void phase(double units, double cost, double latency) {
+        constexpr double SCHEDULERS = 4;
+        const double work = units * cost;
+        const double longest =
+            std::ceil(units / SCHEDULERS) * SCHEDULERS * cost + std::ceil(units / WARPS) * latency;
+        busy += work;
+        idle += longest - work + 50;  // and the barrier
+    }
+};
+
+Cycles tile_cycles(const Shape& s, const Candidate& c) {
+    // Products at the rate of sm_80; instructions as compiled: 14 a feature, 13 a class; latencies in round
+    // numbers.
     const Tiling& t = c.tiling;
     const double product = s.half ? 2 : 6;
     const int across = t.width / MATRIX_ROWS;
-    double cycles = 0;
+    Cycles cycles;
     const auto layer = [&](int in, int out, int rows, int groups) {
         const int tiles = divide_up(out, 8), r = unit_rows_of(s, tiles);
-        const int units = divide_up(divide_up(rows, r) * across * groups, WARPS) * WARPS;
-        cycles +=
-            static_cast<double>(units) * r * 3 * row_products(pieces_of(in, s.per_piece())) * tiles * product;
-        cycles += 0.1 * units * r * MATRIX_ROWS * out;
+        const int steps = row_products(pieces_of(in, s.per_piece()));
+        const double instructions = 14.0 * 4 * r * tiles + 60.0 * r;
+        cycles.phase(divide_up(rows, r) * across * groups,
+                     3.0 * r * tiles * steps * product + instructions / 4, 40.0 * steps + 200);
+    };
+    const auto pixels = [&](double count, double instructions) {
+        cycles.phase(std::ceil(count / LANES), instructions / 4, 800);
     };
     const double map = static_cast<double>((t.tile_h + 2 * s.layers) * (t.width + 2));
+    const int first = s.chunked() ? CLASS_CHUNK : s.padded_classes();
     if (!s.backward) {
-        for (int i = 0; i < s.chunks(); ++i)
-            layer(s.chunked() ? CLASS_CHUNK : s.padded_classes(), s.channels(0),
-                  t.tile_h + 2 * (s.layers - 1), 1);
-        cycles += map * (4 + 0.25 * s.classes * (s.chunked() ? 2 : 1));
+        pixels(map, 60 + 13.0 * s.classes);
+        for (int i = 0; i < s.chunks(); ++i) {
+            if (s.chunked()) pixels(map, 60 + 13.0 * CLASS_CHUNK);
+            layer(first, s.channels(0), t.tile_h + 2 * (s.layers - 1), 1);
+        }
     } else {
-        layer(s.channels(0), s.chunked() ? CLASS_CHUNK : s.padded_classes(), t.tile_h, s.chunks());
-        cycles += map * 0.1 * s.channels(s.layers - 1);
-        cycles += static_cast<double>(t.tile_h * t.tile_w) * (4 + 0.4 * s.classes * (s.chunked() ? 2 : 1));
+        pixels(map, 60 + 4.0 * s.channels(s.layers - 1));
+        for (int strip = 0; strip < t.tile_h; strip += c.strip_rows) {
+            const int rows = std::min(c.strip_rows, t.tile_h - strip);
+            layer(s.channels(0), first, rows, s.chunks());
+            pixels(static_cast<double>(rows) * t.tile_w, 60 + (s.chunked() ? 25.0 : 16.0) * s.classes);
+        }
     }
     for (int i = 1; i < s.layers; ++i)
         s.backward ? layer(s.channels(i), s.channels(i - 1), t.tile_h + 2 * i, 1)
                    : layer(s.channels(i - 1), s.channels(i), t.tile_h + 2 * (s.layers - 1 - i), 1);
+    // Weights that do not stay come from the cache for each tile, 64 bytes a cycle.
     if (!c.resident)
-        for (int i = 0; i < s.layers; ++i) cycles += 4.0 * s.words(i) / 64;
-    return cycles + 400.0 * (s.layers + 2);  // barriers, and warps that wait at them
+        for (int i = 0; i < s.layers; ++i) cycles.phase(1, 4.0 * s.words(i) / 64, 600);
+    return cycles;
 }
 
 Candidate candidate(const Shape& s, const DeviceFacts& device, int tile_h, int width, bool resident) {
@@ -205,15 +232,16 @@ Candidate candidate(const Shape& s, const DeviceFacts& device, int tile_h, int w
     c.blocks_per_multiprocessor = std::clamp(fit, 1, s.min_blocks());
     const std::int64_t at_once =
         static_cast<std::int64_t>(device.multiprocessors) * c.blocks_per_multiprocessor;
-    // One block alone waits at its barriers; two fill each other's gaps.
-    const double busy = c.blocks_per_multiprocessor > 1 ? 0.85 : 0.6;
-    c.seconds = static_cast<double>((t.tiles + at_once - 1) / at_once) * c.blocks_per_multiprocessor *
-                tile_cycles(s, c) / busy;
+    // A second block computes while the first one waits, mostly.
+    const Cycles cycles = tile_cycles(s, c);
+    const double waited = cycles.idle * (c.blocks_per_multiprocessor > 1 ? 0.4 : 1);
+    c.seconds = static_cast<double>((t.tiles + at_once - 1) / at_once) *
+                (cycles.busy * c.blocks_per_multiprocessor + waited);
     return c;
 }
 
 // The best tile that fits, or one with no rows.
-Candidate best_tile(const Shape& s, const DeviceFacts& device) {
+Candidate search_tile(const Shape& s, const DeviceFacts& device) {
     Candidate best{};
     for (const int width : {16, 32, 48, 64, 80}) {
         if (width - 2 * (s.layers - 1) < 8 || (forced_width != 0 && width != forced_width)) continue;
@@ -227,6 +255,24 @@ Candidate best_tile(const Shape& s, const DeviceFacts& device) {
         }
     }
     return best;
+}
+
+// A search takes tens of microseconds, so its results are kept, as many as a training with images of many
+// sizes uses.
+Candidate best_tile(const Shape& s, const DeviceFacts& device) {
+    using Key = std::tuple<int, bool, bool, bool, int, std::int64_t, std::int64_t, std::int64_t, int, int,
+                           int, int, int>;
+    constexpr std::size_t MOST = 1024;
+    static std::mutex mutex;
+    static std::map<Key, Candidate> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const Key key(static_cast<int>(s.proxy->kind), s.half, s.backward, s.post, s.classes, s.n, s.h, s.w,
+                  device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor,
+                  forced_rows, forced_width);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    if (known.size() >= MOST) known.clear();
+    return known.emplace(key, search_tile(s, device)).first->second;
 }
 
 const KnownProxy* find_proxy(const LossParams& params) {
@@ -259,6 +305,13 @@ std::int64_t code_bytes(const LossParams& params) {
 void force_tile(int tile_h, int width) {
     forced_rows = tile_h;
     forced_width = width;
+}
+
+std::map<std::string, std::int64_t> plan_facts(const Launch& launch) {
+    const Problem& p = launch.problem;
+    return {{"rows", p.tiling.tile_h},    {"columns", p.tiling.tile_w}, {"width", p.tiling.width},
+            {"tiles", p.tiling.tiles},    {"shared", p.shared.bytes},   {"resident", p.resident ? 1 : 0},
+            {"strip_rows", p.strip_rows}, {"blocks", launch.blocks},    {"workspace", launch.workspace}};
 }
 
 std::string why_not(const LossParams& params, const DeviceFacts& device) {
@@ -297,7 +350,7 @@ Launch make_launch(const LossParams& params, const DeviceFacts& device, bool bac
     launch.half = s.half;
     Problem& p = launch.problem;
     p.n = s.n;
-        p.h = static_cast<int>(s.h);
+    p.h = static_cast<int>(s.h);
     p.w = static_cast<int>(s.w);
     p.pixels = s.n * s.h * s.w;
     p.classes = s.classes;

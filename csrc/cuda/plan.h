@@ -1,6 +1,7 @@
 // From a loss to launches: which compiled proxy, which tile, what lies where. Host code without CUDA.
 #pragma once
 
+#include <map>
 #include <string>
 
 #include "problem.h"
@@ -32,7 +33,7 @@ std::string why_not(const LossParams& params, const DeviceFacts& device);
 // Addresses inside `workspace` are set even where it is null; then only sizes mean something.
 Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward, void* workspace);
 
-// A tile that tests ask for instead of the best one: rows, width of hidden regions; 0, 0 for the best.
-void force_tile(int tile_h, int width);
+// What api.h's plan says.
+std::map<std::string, std::int64_t> plan_facts(const Launch& launch);
 
 }  // namespace semeda_fast::gpu

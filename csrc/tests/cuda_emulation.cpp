@@ -78,7 +78,8 @@ float from_half(std::uint16_t bits) { return half_values()[bits]; }
 void load_matrices(Warp warp, Lanes<std::uint32_t> (&r)[4], const Lanes<int>& address) {
     for (int lane = 0; lane < 32; ++lane) {
         current_thread = 32 * warp.index + lane;
-        const int at = address[lane] ^ (lane % 2 == 1 ? emulation.swizzle_fault : 0);
+        const int fault = lane % 2 == 1 ? static_cast<int>(emulation.swizzle_fault) : 0;
+        const int at = address[lane] ^ fault;
         const uint4 row = warp.load<uint4>(at);
         const std::uint32_t words[4] = {row.x, row.y, row.z, row.w};
         for (int t = 0; t < 4; ++t) r[lane / 8][lane % 8 * 4 + t] = words[t];
@@ -102,12 +103,41 @@ void multiply_tf32(Lanes<float> (&c)[4], const Lanes<std::uint32_t> (&a)[4],
     });
 }
 
+void check_device_read(std::uintptr_t at, std::size_t size) {
+    if (at % size != 0)
+        throw std::runtime_error("device memory: a misaligned read of " + std::to_string(size) + " bytes");
+    const auto& memory = emulation.memory;
+    if (memory.empty()) return;
+    const auto holds = [&](const std::pair<std::uintptr_t, std::uintptr_t>& range) {
+        return at >= range.first && at + size <= range.second;
+    };
+    if (emulation.last_used < memory.size() && holds(memory[emulation.last_used])) return;
+    const auto found = std::find_if(memory.begin(), memory.end(), holds);
+    if (found == memory.end())
+        throw std::runtime_error("device memory: a read of " + std::to_string(size) +
+                                 " bytes beside what there is");
+    emulation.last_used = static_cast<std::size_t>(found - memory.begin());
+}
+
 namespace {
 
-DeviceFacts facts{4, 227 << 10, 228 << 10};
+DeviceFacts facts() {
+    return {static_cast<int>(emulation.multiprocessors), static_cast<int>(emulation.shared_per_block),
+            static_cast<int>(emulation.shared_per_multiprocessor)};
+}
+
+void choose_tile() {
+    force_tile(static_cast<int>(emulation.tile_rows), static_cast<int>(emulation.tile_width));
+}
+
+Launch launch_of(const LossParams& params, bool backward, void* workspace) {
+    choose_tile();
+    return make_launch(params, facts(), backward, workspace);
+}
 
 template <class F>
-void run_blocks(int count, int bytes, F f) {
+void run_blocks(int kernel, int count, int bytes, F f) {
+    emulation.kernel = kernel;
     for (int i = 0; i < count; ++i) {
         SharedMemory memory(bytes);
         shared_memory = &memory;
@@ -119,19 +149,42 @@ void run_blocks(int count, int bytes, F f) {
 
 template <class P, class M>
 void run_main(const Launch& launch, bool backward) {
-    run_blocks(launch.blocks, launch.problem.shared.bytes, [&](Block& block) {
+    run_blocks(1, launch.blocks, launch.problem.shared.bytes, [&](Block& block) {
         backward ? backward_block<P, M>(block, launch.problem) : forward_block<P, M>(block, launch.problem);
     });
 }
 
 template <class M>
 void run_prepare(const Launch& launch) {
-    run_blocks(launch.prepare_blocks, TABLE_BYTES,
+    run_blocks(0, launch.prepare_blocks, TABLE_BYTES,
                [&](Block& block) { prepare_block<M>(block, launch.problem, launch.preparation); });
 }
 
-void run(const Launch& launch, bool backward) {
+void note(const Launch& launch) {
+    const Problem& p = launch.problem;
+    emulation.rows = p.tiling.tile_h;
+    emulation.width = p.tiling.width;
+    emulation.strip_rows = p.strip_rows;
+    emulation.resident = p.resident;
+    emulation.blocks = launch.blocks;
+    emulation.tiles = p.tiling.tiles;
+}
+
+// Seeded faults are compiled one by one, and need no more than this to show.
+#ifdef SEMEDA_FAST_EMULATE_DEFAULT_HALF
+void run_prepare(const Launch& launch) { run_prepare<Half>(launch); }
+
+void run_main(const Launch& launch, bool backward) {
+    if (launch.proxy != ProxyKind::standard || !launch.half)
+        throw std::runtime_error("this build has the default proxy in half precision alone");
+    run_main<DefaultProxy, Half>(launch, backward);
+}
+#else
+void run_prepare(const Launch& launch) {
     launch.half ? run_prepare<Half>(launch) : run_prepare<Tf32x3>(launch);
+}
+
+void run_main(const Launch& launch, bool backward) {
     switch (launch.proxy) {
         case ProxyKind::standard:
             launch.half ? run_main<DefaultProxy, Half>(launch, backward)
@@ -147,7 +200,15 @@ void run(const Launch& launch, bool backward) {
         default:
             run_main<DeepProxy, Half>(launch, backward);
     }
-    if (!backward) run_blocks(1, FINISH_BYTES, [&](Block& block) { finish_block(block, launch.problem); });
+}
+#endif
+
+void run(const Launch& launch, bool backward) {
+    emulation.race.clear();
+    note(launch);
+    run_prepare(launch);
+    run_main(launch, backward);
+    if (!backward) run_blocks(2, 1, FINISH_BYTES, [&](Block& block) { finish_block(block, launch.problem); });
     if (!emulation.race.empty()) throw std::runtime_error("a race: " + emulation.race);
 }
 
@@ -155,19 +216,25 @@ void run(const Launch& launch, bool backward) {
 
 std::string why_unavailable() { return ""; }
 
-std::string why_unsupported(const LossParams& params, int) { return why_not(params, facts); }
+std::string why_unsupported(const LossParams& params, int) {
+    choose_tile();
+    return why_not(params, facts());
+}
 
 std::int64_t workspace_bytes(const LossParams& params, int) {
-    return std::max(make_launch(params, facts, false, nullptr).workspace,
-                    make_launch(params, facts, true, nullptr).workspace);
+    return std::max(launch_of(params, false, nullptr).workspace, launch_of(params, true, nullptr).workspace);
+}
+
+std::map<std::string, std::int64_t> plan(const LossParams& params, int, bool backward) {
+    return plan_facts(launch_of(params, backward, nullptr));
 }
 
 void forward(const LossParams& params, void* workspace, int, std::uintptr_t) {
-    run(make_launch(params, facts, false, workspace), false);
+    run(launch_of(params, false, workspace), false);
 }
 
 void backward(const LossParams& params, void* workspace, int, std::uintptr_t) {
-    run(make_launch(params, facts, true, workspace), true);
+    run(launch_of(params, true, workspace), true);
 }
 
 std::vector<int> architectures() { return {}; }

@@ -1,0 +1,77 @@
+"""A problem as the plain data that every native module reads: `LossParams` of csrc/params.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import FusedConfig
+from .fused import Problem
+from .native import dtype_code, tensor_view
+from .spec import DISTANCES, TAPS
+
+
+def describe(module: Any, config: FusedConfig, dtype: torch.dtype) -> Any:
+    """LossParams of a native module for one pixel of logits of that dtype, without any address."""
+    params = _settings(module, config, 0)
+    params.n = params.h = params.w = 1
+    params.logits = module.View(0, dtype_code(dtype), [0, 0, 0, 0])
+    params.target = module.View(0, dtype_code(torch.int64), [0, 0, 0, 0])
+    return params
+
+
+def fill(module: Any, problem: Problem) -> tuple[Any, list[Tensor]]:
+    """LossParams of a native module for tensors as they lie, and the tensors that must outlive it.
+
+    Nothing is copied but class weights that are not fp32 and contiguous, and fp64 targets.
+    """
+    logits, target, valid, class_weight, flat, config = problem
+    keep: list[Tensor] = [flat]
+
+    def float32(tensor: Tensor) -> Tensor:
+        keep.append(tensor.detach().to(torch.float32).contiguous())
+        return keep[-1]
+
+    params = _settings(module, config, flat.data_ptr())
+    params.n, _, params.h, params.w = logits.shape
+    params.logits = tensor_view(module, logits)
+    params.soft = target.is_floating_point()
+    if params.soft:
+        params.soft_channels = target.shape[1]
+        target = float32(target) if target.dtype == torch.float64 else target
+    params.target = tensor_view(module, target)
+    if valid is not None:
+        params.valid = tensor_view(module, valid)
+    if class_weight is not None:
+        params.class_weight = float32(class_weight).data_ptr()
+    return params, keep
+
+
+def add_gradients(module: Any, params: Any, d_ce: Tensor, d_semeda: Tensor, d_logits: Tensor) -> None:
+    """What backward reads and writes beside the problem: d_ce and d_semeda fp32, [] or [N,H,W]."""
+    params.d_ce, params.d_semeda = tensor_view(module, d_ce), tensor_view(module, d_semeda)
+    params.d_semeda_is_map = d_semeda.dim() > 0
+    params.d_logits = tensor_view(module, d_logits)
+
+
+def _settings(module: Any, config: FusedConfig, flat: int) -> Any:
+    """The configuration; `flat` is the address of the proxy's weights and biases, or 0: layers without addresses."""
+    params = module.LossParams()
+    params.classes = config.channels[0]
+    params.binary = config.mode == "binary"
+    params.ignore_index = config.ignore_index
+    params.label_smoothing = config.label_smoothing
+    params.tap = TAPS.index(config.tap)
+    params.distance = DISTANCES.index(config.distance)
+    weight = flat
+    bias = flat + 4 * (config.parameters - sum(config.channels[1:])) if flat else 0
+    shapes = zip(config.channels, config.channels[1:], config.sizes, strict=False)
+    for (before, out, size), w, s in zip(shapes, config.layer_weights, config.layer_scales, strict=True):
+        inverse = 1 / (out * s)
+        params.add_layer(weight, bias, out, before, size, inverse, w * inverse)
+        if flat:
+            weight += 4 * out * before * size * size
+            bias += 4 * out
+    return params
