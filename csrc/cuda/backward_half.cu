@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS, P::template min_blocks<Half>())
 template <class P>
 cudaError_t run(const Launch& launch, cudaStream_t stream) {
     return run_kernel<Problem>(backward_kernel<P>, launch.problem, launch.blocks, launch.problem.shared.bytes,
-                               stream);
+                               launch.carveout, stream);
 }
 
 }  // namespace

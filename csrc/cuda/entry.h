@@ -5,15 +5,15 @@
 
 namespace semeda_fast::gpu {
 
-// More than 48 KiB of shared memory a block has to be asked for, on each device; and first-level cache is
-// given up for it, or the driver might leave room for fewer blocks than the plan counts on.
+// More than 48 KiB of shared memory a block has to be asked for, on each device. `carveout` is the share of a
+// multiprocessor's memory, in percent, that its blocks take together, so that the driver leaves room for all
+// of them.
 template <class Argument>
 cudaError_t run_kernel(void (*kernel)(Argument), const Argument& argument, int blocks, int bytes,
-                       cudaStream_t stream) {
+                       int carveout, cudaStream_t stream) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     cudaSharedmemCarveoutMaxShared);
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
     if (error != cudaSuccess) return error;
     kernel<<<blocks, THREADS, bytes, stream>>>(argument);
     return cudaGetLastError();

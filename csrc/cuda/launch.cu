@@ -12,6 +12,8 @@ namespace semeda_fast::gpu {
 
 namespace {
 
+constexpr int SMALL = cudaSharedmemCarveoutDefault;
+
 template <class M>
 __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_constant__ Launch launch) {
     Block block;
@@ -68,7 +70,7 @@ class OnDevice {
 
 void prepare(const Launch& launch, cudaStream_t stream) {
     check(run_kernel<Launch>(launch.half ? prepare_kernel<Half> : prepare_kernel<Tf32x3>, launch,
-                             launch.prepare_blocks, TABLE_BYTES, stream),
+                             launch.prepare_blocks, TABLE_BYTES, SMALL, stream),
           "launching prepare_kernel");
 }
 
@@ -105,7 +107,7 @@ void forward(const LossParams& params, void* workspace, int device, std::uintptr
     prepare(launch, queue);
     check(launch.half ? launch_forward_half(launch, queue) : launch_forward_tf32(launch, queue),
           "launching forward_kernel");
-    check(run_kernel<Problem>(finish_kernel, launch.problem, 1, FINISH_BYTES, queue),
+    check(run_kernel<Problem>(finish_kernel, launch.problem, 1, FINISH_BYTES, SMALL, queue),
           "launching finish_kernel");
 }
 

@@ -430,6 +430,9 @@ Launch make_launch(const LossParams& params, const DeviceFacts& device, bool bac
     const std::int64_t most =
         static_cast<std::int64_t>(device.multiprocessors) * tile.blocks_per_multiprocessor;
     launch.blocks = static_cast<int>(std::min(p.tiling.tiles, most));
+    const double shared = static_cast<double>(p.shared.bytes + 1024) * tile.blocks_per_multiprocessor;
+    launch.carveout =
+        std::min(100, static_cast<int>(std::ceil(100 * shared / device.shared_per_multiprocessor)));
     launch.workspace = used;
     return launch;
 }

@@ -24,6 +24,7 @@ struct Launch {
     Preparation preparation;
     int prepare_blocks;
     int blocks;              // of the main kernel
+    int carveout;            // percent of a multiprocessor's memory that its blocks share
     std::int64_t workspace;  // bytes
 };
 
