@@ -8,6 +8,8 @@
 // (from 0) covers the tile with halo i + 1, d_p the tile itself, a strip of rows at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "codes.h"
 #include "convolution.h"
 #include "forward.h"
@@ -56,17 +58,25 @@ DEVICE void seed_phase(Warp warp, const Problem& p, const Tile& tile) {
     });
 }
 
-// K / 4 bits each of on, above and below, of the channels that a lane has.
+// K / 4 bits each of on, above and below, of the channels that a lane has: asked for before the products, put
+// together behind them, so that nothing waits for memory in between.
 template <int K>
 struct LaneCode {
-    using Word = typename std::conditional<(K > 32), std::uint64_t, std::uint32_t>::type;
-    static constexpr int BITS = K / 4;
+    std::uint32_t on, above, below;
+    bool exists;
 
-    static DEVICE Word load(const Problem& p, const std::uint8_t* codes, std::int64_t pixel, int t) {
-        const std::int64_t plane = p.pixels * (K / 8);
-        return load_code<K>(codes, pixel, t) |
-               static_cast<Word>(load_code<K>(codes + plane, pixel, t)) << BITS |
-               static_cast<Word>(load_code<K>(codes + 2 * plane, pixel, t)) << (2 * BITS);
+    DEVICE void load(const Problem& p, const std::uint8_t* codes, std::int64_t pixel, bool inside, int t) {
+        const std::int64_t plane = p.pixels * (K / 8), at = inside ? pixel : 0;
+        exists = inside;
+        on = load_code_word<K>(codes, at, t);
+        above = load_code_word<K>(codes + plane, at, t);
+        below = load_code_word<K>(codes + 2 * plane, at, t);
+    }
+    // Outside the image no bit is set, which makes the zeros that the next layer needs there.
+    DEVICE void unpack(int t) {
+        on = exists ? code_of_word<K>(on, t) : 0;
+        above = exists ? code_of_word<K>(above, t) : 0;
+        below = exists ? code_of_word<K>(below, t) : 0;
     }
 };
 
@@ -76,7 +86,6 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
     constexpr int IN = P::channels(SHAPE), OUT = P::channels(SHAPE - 1), NT = OUT / 8;
     constexpr int R = unit_rows(NT, P::template sums<M>()), PIECES = pieces_of(IN, M::CHANNELS);
     constexpr int OUT_PIECES = pieces_of(OUT, M::CHANNELS);
-    using Code = LaneCode<OUT>;
     const bool last = i == p.layers - 1;
     const Region region = region_of(p.tiling, tile, i);
     const Input input = {last ? p.shared.input : p.shared.hidden[i], p.tiling.width + (last ? 2 : 0),
@@ -88,8 +97,7 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
 #pragma unroll 1
     for (int u = warp.index; u < units; u += WARPS) {
         const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
-        // Asked for before the products, so that memory has answered behind them.
-        Lanes<typename Code::Word> code[R][2];
+        Lanes<LaneCode<OUT>> code[R][2];
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -97,9 +105,8 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
                 for_lanes(warp, [&](int lane) {
                     const int row = unit.row + r, column = unit.column + sum_pixel(lane, 2 * half);
                     const int y = region.y + row, x = region.x + column;
-                    const bool exists = row < region.rows && column < region.columns && is_inside(p, y, x);
-                    code[r][half][lane] =
-                        exists ? Code::load(p, codes, (tile.n * p.h + y) * p.w + x, lane % 4) : 0;
+                    const bool inside = row < region.rows && column < region.columns && is_inside(p, y, x);
+                    code[r][half][lane].load(p, codes, (tile.n * p.h + y) * p.w + x, inside, lane % 4);
                 });
         Sums<R, NT> sums;
         set_zero(warp, sums);
@@ -111,25 +118,26 @@ DEVICE void layer_backward_phase(Warp warp, const Problem& p, const Tile& tile, 
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 for_lanes(warp, [&](int lane) {
-                    const int at = row * p.tiling.width, column = unit.column + sum_pixel(lane, 2 * half);
+                    const int column = unit.column + sum_pixel(lane, 2 * half);
+                    const int at =
+                        p.shared.hidden[i - 1] + (row * p.tiling.width + column) * OUT_PIECES * PIECE;
+                    LaneCode<OUT> bits = code[r][half][lane];
+                    bits.unpack(lane % 4);
 #pragma unroll
                     for (int j = 0; j < NT; ++j) {
                         float d_t[2];
 #pragma unroll
                         for (int k = 0; k < 2; ++k) {
-                            // Outside the image no bit is set, which makes the zeros that the next layer
-                            // needs there.
-                            const std::uint64_t bits = code[r][half][lane] >> (2 * j + k);
-                            const float seeded =
-                                seed_of(bits >> Code::BITS, bits >> (2 * Code::BITS), 0, seed);
-                            d_t[k] = seeded + ((bits & 1) != 0 ? sums.at[r][j][2 * half + k][lane] : 0.f);
+                            const std::uint32_t bit = 1u << (2 * j + k);
+                            const float sum = sums.at[r][j][2 * half + k][lane];
+                            const float seeded = (bits.above & bit) != 0   ? seed
+                                                 : (bits.below & bit) != 0 ? -seed
+                                                                           : 0.f;
+                            d_t[k] = (bits.on & bit) != 0 ? seeded + sum : seeded;
                         }
-                        M::store_pair(
-                            warp,
-                            [&](int piece) {
-                                return piece_address<OUT_PIECES>(p.shared.hidden[i - 1], at, column, piece);
-                            },
-                            8 * j + sum_channel(lane, 0), true, d_t[0], d_t[1]);
+                        const int channel = 8 * j + sum_channel(lane, 0);
+                        M::store_pair(warp, at + M::template channel_offset<OUT_PIECES>(column, channel),
+                                      true, d_t[0], d_t[1]);
                     }
                 });
         }
@@ -208,22 +216,11 @@ DEVICE PixelGradient pixel_gradient(const Problem& p, int label, float dot, floa
     return g;
 }
 
+template <bool SMOOTHED>
 DEVICE float logit_gradient(const Problem& p, const PixelGradient& g, int c, float s, float d_p) {
     float d_z = s * (g.slope * d_p + g.offset);
-    if (p.smoothing > 0) d_z -= g.smoothed * class_weight(p, c);
+    if (SMOOTHED) d_z -= g.smoothed * class_weight(p, c);
     return c == g.label ? d_z - g.own : d_z;
-}
-
-template <class M, int CLASSES>
-DEVICE void write_logit(const Problem& p, std::int64_t at, int c, float value) {
-    const bool binary = CLASSES <= 8 && p.binary;
-    if (binary && c == 0) return;
-    write_float<M>(p.d_logits, at + (binary ? 0 : c * p.d_logits.stride[1]), value);
-}
-
-template <class M, int CLASSES>
-DEVICE void write_zeros(const Problem& p, std::int64_t at) {
-    for (int c = 0; c < p.classes; ++c) write_logit<M, CLASSES>(p, at, c, 0.f);
 }
 
 // Up to CLASSES = 8, 16 or 24 classes, in registers.
@@ -231,14 +228,15 @@ template <class M, int CLASSES>
 DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int strip) {
     for_strip(warp, p, tile, strip, [&](int, int d_p, int y, int x) {
         const std::int64_t to = pixel_offset(p.d_logits, tile.n, y, x);
+        Logits<M, CLASSES> logits;
+        logits.load(p, pixel_offset(p.logits, tile.n, y, x));  // before it is known whether the pixel is void
         const Label label = read_label(p, tile.n, y, x);
-        if (label.value >= p.classes) return write_zeros<M, CLASSES>(p, to);
-        const std::int64_t from = pixel_offset(p.logits, tile.n, y, x);
+        const bool valid = label.value < p.classes;
         float s[CLASSES];
         float highest = -INFINITY;
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c) {
-            s[c] = c < p.classes ? read_logit<M, CLASSES>(p, from, c) : -INFINITY;
+            s[c] = logits(p, c);
             highest = larger(highest, s[c]);
         }
         float total = 0, dot = 0, weights = 0;
@@ -246,17 +244,31 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
         for (int c = 0; c < CLASSES; ++c) {
             s[c] = M::exp(s[c] - highest);
             total += s[c];
-            if (c < p.classes) dot += s[c] * warp.load<float>(d_p + 4 * c);
+            dot += c < p.classes ? s[c] * warp.load<float>(d_p + 4 * c) : 0.f;
         }
         if (p.smoothing > 0)
             for (int c = 0; c < p.classes; ++c) weights += class_weight(p, c);
         const float inverse = label.bad ? not_a_number() : 1.f / total;  // such a label must not pass
-        const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
+        const PixelGradient g = pixel_gradient(p, valid ? label.value : 0, dot * inverse, weights);
+        const auto write = [&](auto smoothed) {
+            const bool binary = CLASSES <= 8 && p.binary;
+            typename M::Raw* at = static_cast<typename M::Raw*>(p.d_logits.data) + to;
 #pragma unroll
-        for (int c = 0; c < CLASSES; ++c)
-            if (c < p.classes)
-                write_logit<M, CLASSES>(
-                    p, to, c, logit_gradient(p, g, c, s[c] * inverse, warp.load<float>(d_p + 4 * c)));
+            for (int c = 0; c < CLASSES; ++c) {
+                const int channel = c < p.classes ? c : 0;  // so that what follows needs no branch
+                const float d_z = logit_gradient<decltype(smoothed)::value>(
+                    p, g, channel, s[c] * inverse, warp.load<float>(d_p + 4 * channel));
+                const typename M::Raw raw = M::to_raw(is_bfloat(p.d_logits), valid ? d_z : 0.f);
+                if (c < p.classes && !(binary && c == 0)) {
+                    *at = raw;
+                    at += p.d_logits.stride[1];
+                }
+            }
+        };
+        if (p.smoothing > 0)
+            write(std::true_type());
+        else
+            write(std::false_type());
     });
 }
 
@@ -266,15 +278,19 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
     for_strip(warp, p, tile, strip, [&](int, int d_p, int y, int x) {
         const std::int64_t to = pixel_offset(p.d_logits, tile.n, y, x);
         const Label label = read_label(p, tile.n, y, x);
-        if (label.value >= p.classes) return write_zeros<M, MAX_CLASSES>(p, to);
+        typename M::Raw* const at = static_cast<typename M::Raw*>(p.d_logits.data) + to;
+        if (label.value >= p.classes) {
+            for (int c = 0; c < p.classes; ++c) at[c * p.d_logits.stride[1]] = 0;
+            return;
+        }
         const std::int64_t from = pixel_offset(p.logits, tile.n, y, x);
         float highest = -INFINITY, total = 0, dot = 0, weights = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (int c = 0; c < p.classes; ++c) {
             const float z = read_logit<M, MAX_CLASSES>(p, from, c);
             highest = larger(highest, z);
         }
-#pragma unroll 4
+#pragma unroll 8
         for (int c = 0; c < p.classes; ++c) {
             const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c) - highest);
             total += s;
@@ -283,10 +299,11 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
         }
         const float inverse = label.bad ? not_a_number() : 1.f / total;  // such a label must not pass
         const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
-#pragma unroll 4
+#pragma unroll 8
         for (int c = 0; c < p.classes; ++c) {
             const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c) - highest) * inverse;
-            write_logit<M, MAX_CLASSES>(p, to, c, logit_gradient(p, g, c, s, warp.load<float>(d_p + 4 * c)));
+            const float d_z = logit_gradient<true>(p, g, c, s, warp.load<float>(d_p + 4 * c));
+            at[c * p.d_logits.stride[1]] = M::to_raw(is_bfloat(p.d_logits), d_z);
         }
     });
 }

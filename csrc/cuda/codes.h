@@ -34,13 +34,24 @@ DEVICE void store_code(std::uint8_t* plane, std::int64_t pixel, int t, std::uint
     }
 }
 
-// The K / 4 bits of lane t.
+// The word of memory that holds the K / 4 bits of lane t ...
 template <int K>
-DEVICE std::uint32_t load_code(const std::uint8_t* plane, std::int64_t pixel, int t) {
+DEVICE std::uint32_t load_code_word(const std::uint8_t* plane, std::int64_t pixel, int t) {
     const std::uint8_t* at = plane + pixel * (K / 8);
-    if (K == 16) return load_constant(at + t / 2) >> (4 * (t % 2)) & 15u;
+    if (K == 16) return load_constant(at + t / 2);
     if (K == 32) return load_constant(at + t);
     return load_constant(reinterpret_cast<const unsigned short*>(at) + t);
+}
+
+// ... and those bits.
+template <int K>
+DEVICE std::uint32_t code_of_word(std::uint32_t word, int t) {
+    return K == 16 ? word >> (4 * (t % 2)) & 15u : word;
+}
+
+template <int K>
+DEVICE std::uint32_t load_code(const std::uint8_t* plane, std::int64_t pixel, int t) {
+    return code_of_word<K>(load_code_word<K>(plane, pixel, t), t);
 }
 
 }  // namespace semeda_fast::gpu

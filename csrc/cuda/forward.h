@@ -55,22 +55,34 @@ DEVICE int unit_class(Warp warp, const Problem& p, int i, const Unit& unit) {
     return found;
 }
 
-// Adds to each sum what its channel has in `row` of a table of OUT channels: bias, or features of a class.
-template <int OUT, int R, int NT>
-DEVICE void add_row(Warp warp, Sums<R, NT>& sums, const float* row) {
-    for_lanes(warp, [&](int lane) {
+// What a lane's channels have in a row of a layer's table: features of a class, or the bias.
+template <int OUT, int NT>
+struct TableRow {
+    Lanes<float2> at[NT];
+
+    DEVICE void load(Warp warp, const LayerPlan& layer, int row) {
+        for_lanes(warp, [&](int lane) {
+            const auto* from =
+                reinterpret_cast<const float2*>(layer.table + row * OUT + sum_channel(lane, 0));
 #pragma unroll
-        for (int j = 0; j < NT; ++j) {
-            const int channel = 8 * j + sum_channel(lane, 0);
-            if (channel >= OUT) continue;
-            const float x = load_constant(row + channel), y = load_constant(row + channel + 1);
+            for (int j = 0; j < NT; ++j)
+                at[j][lane] =
+                    OUT % 8 == 0 || sum_channel(lane, 0) < OUT ? load_constant(from + 4 * j) : float2{0, 0};
+        });
+    }
+    template <int R>
+    DEVICE void fill(Warp warp, Sums<R, NT>& sums) const {
+        for_lanes(warp, [&](int lane) {
 #pragma unroll
-            for (int r = 0; r < R; ++r)
+            for (int j = 0; j < NT; ++j)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums.at[r][j][i][lane] += i % 2 == 0 ? x : y;
-        }
-    });
-}
+                for (int r = 0; r < R; ++r)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        sums.at[r][j][i][lane] = i % 2 == 0 ? at[j][lane].x : at[j][lane].y;
+        });
+    }
+};
 
 // t_1(q) without bias: the convolution over a one-hot map picks a column of weights for each of 9 labels.
 template <int OUT, int R, int NT>
@@ -84,15 +96,15 @@ DEVICE void add_columns(Warp warp, Sums<R, NT>& sums, const Problem& p, const Un
             for (int r = 0; r < R; ++r) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
+                    // Pixels beyond the map feed sums that nobody uses; row C of the columns is zero.
                     const int row = unit.row + r + tap / 3,
                               column = unit.column + sum_pixel(lane, 2 * half) + tap % 3;
-                    if (row >= rows || column >= columns) continue;  // of pixels that nobody uses
-                    const int label = warp.load<std::uint16_t>(label_address(p, row, column));
-                    if (label >= p.classes) continue;
-                    const float* at = weights + label * OUT + sum_channel(lane, 0);
+                    const int label = warp.load<std::uint16_t>(label_address(
+                        p, row < rows ? row : rows - 1, column < columns ? column : columns - 1));
+                    const float* at =
+                        weights + (label < p.classes ? label : p.classes) * OUT + sum_channel(lane, 0);
 #pragma unroll
                     for (int j = 0; j < NT; ++j) {
-                        if (8 * j >= OUT) continue;
                         const float2 pair = load_constant(reinterpret_cast<const float2*>(at + 8 * j));
                         sums.at[r][j][2 * half][lane] += pair.x;
                         sums.at[r][j][2 * half + 1][lane] += pair.y;
@@ -111,101 +123,132 @@ struct Layer {
     bool mixed;  // the tile
 };
 
-// From d = t(p) - t(q) and t(q): features for the next layer, codes, distance. Returns a lane's sum of |d|.
+// Where a lane's pixels of a unit are: that of row 0 and the lower half of sums; the upper half's is 8
+// columns further.
+struct LanePlace {
+    Lanes<int> column;  // of the region
+    Lanes<int> label;   // address in the label map
+    Lanes<std::int64_t> pixel;
+};
+
+DEVICE LanePlace place_of(Warp warp, const Problem& p, const Tile& tile, const Layer& layer,
+                          const Unit& unit) {
+    LanePlace place;
+    for_lanes(warp, [&](int lane) {
+        const int column = unit.column + sum_pixel(lane, 0), up = layer.number + 1;
+        place.column[lane] = column;
+        place.label[lane] = label_address(p, unit.row + up, column + up);
+        place.pixel[lane] = (tile.n * p.h + layer.region.y + unit.row) * p.w + layer.region.x + column;
+    });
+    return place;
+}
+
+// What a pixel's features leave for backward, of the channels that a lane has, and whether that is to be
+// written.
+struct LaneCodes {
+    Lanes<std::uint32_t> above, below, on;
+    Lanes<bool> due;
+};
+
+// To the planes of a layer, or the last layer's byte. `shift` is the pixel's distance from the place.
+template <int OUT, bool LAST>
+DEVICE void write_codes(Warp warp, const Problem& p, const LayerPlan& plan, const LanePlace& place, int shift,
+                        LaneCodes& code) {
+    if (OUT == 16) {  // two lanes share a byte
+        Lanes<std::uint32_t> mine;
+        for_lanes(warp, [&](int lane) {
+            mine[lane] = code.above[lane] | code.below[lane] << 8 | code.on[lane] << 16;
+        });
+        const Lanes<std::uint32_t> other = shuffle_xor(warp, mine, 1);
+        for_lanes(warp, [&](int lane) {
+            const std::uint32_t both = mine[lane] | other[lane] << 4;
+            code.above[lane] = both & 255u;
+            code.below[lane] = both >> 8 & 255u;
+            code.on[lane] = both >> 16 & 255u;
+        });
+    }
+    std::uint8_t* const codes = p.codes + plan.codes;
+    const std::int64_t plane = p.pixels * (OUT / 8);
+    for_lanes(warp, [&](int lane) {
+        if (!code.due[lane]) return;
+        const std::int64_t pixel = place.pixel[lane] + shift;
+        const int t = lane % 4;
+        if constexpr (OUT < 8) {
+            if (t == 0) codes[pixel] = static_cast<std::uint8_t>(code.above[lane] | code.below[lane] << 2);
+        } else {
+            if (!LAST) store_code<OUT>(codes, pixel, t, code.on[lane]);
+            store_code<OUT>(codes + (LAST ? 0 : plane), pixel, t, code.above[lane]);
+            store_code<OUT>(codes + (LAST ? 1 : 2) * plane, pixel, t, code.below[lane]);
+        }
+    });
+}
+
+// From d = t(p) - t(q) and t(q): features for the next layer, codes, and a lane's sum of |d|.
 template <class M, int OUT, bool LAST, int R, int NT>
 DEVICE void finish_unit(Warp warp, const Problem& p, const Tile& tile, const Layer& layer, const Unit& unit,
                         const Sums<R, NT>& d, const Sums<R, NT>& tq, Lanes<float>& total) {
-    constexpr int PIECES = pieces_of(OUT, M::CHANNELS);
-    const LayerPlan& plan = p.layer[layer.number];
-    const std::int64_t plane = p.pixels * (OUT / 8);
+    constexpr int PIECES = pieces_of(OUT, M::CHANNELS), PIXEL = PIECES * PIECE;
+    const Region& region = layer.region;
+    const LanePlace place = place_of(warp, p, tile, layer, unit);
+    const int hidden = LAST ? 0 : p.shared.hidden[layer.number];
+    const int target = LAST || !layer.mixed ? -1 : p.shared.target[layer.number];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+        const int row = unit.row + r;
+        if (row >= region.rows) continue;
+        const bool owned_row = row >= region.halo && row < region.halo + p.tiling.tile_h;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = unit.row + r;
-            if (row >= layer.region.rows) continue;
-            Lanes<std::uint32_t> above, below, on;
-            Lanes<std::int64_t> pixel;  // in the image, or -1 where no code is due
+            LaneCodes code;
             for_lanes(warp, [&](int lane) {
-                const int column = unit.column + sum_pixel(lane, 2 * half);
-                const bool exists = column < layer.region.columns;
-                const int up = layer.number + 1;
-                const int label = exists ? warp.load<std::uint16_t>(label_address(p, row + up, column + up))
-                                         : p.classes + 1;
+                const int column = place.column[lane] + 8 * half;
+                const int label = column < region.columns
+                                      ? warp.load<std::uint16_t>(place.label[lane] +
+                                                                 2 * (r * (p.tiling.width + 2) + 8 * half))
+                                      : p.classes + 1;
                 const bool inside = label <= p.classes;
-                const bool owned = exists && is_owned(p, layer.region, row, column);
+                const bool owned =
+                    inside && owned_row && column >= region.halo && column < region.halo + p.tiling.tile_w;
                 const bool counts = owned && label < p.classes;
-                above[lane] = below[lane] = on[lane] = 0;
+                std::uint32_t above = 0, below = 0, on = 0;
                 float sum = 0;
 #pragma unroll
                 for (int j = NT - 1; j >= 0; --j) {  // bits come in from below, the highest first
                     const int channel = 8 * j + sum_channel(lane, 0);
-                    if (channel >= OUT) continue;
+                    if (OUT % 8 != 0 && channel >= OUT) continue;
                     float b[2], aq[2];
 #pragma unroll
                     for (int i = 1; i >= 0; --i) {
                         float distance = d.at[r][j][2 * half + i][lane];
                         if (!LAST || layer.with_target) {
                             const float q = tq.at[r][j][2 * half + i][lane];
-                            const float t = q + distance;
+                            const float negative = -q - distance, t = -negative;
                             aq[i] = larger(q, 0);
                             // Not relu(t) - relu(q) where d itself is at hand: that would round.
                             b[i] = q > 0 ? larger(distance, -q) : larger(t, 0);
-                            on[lane] = shift_in_sign(on[lane], 0 - t);
+                            on = shift_in_sign(on, negative);
                             if (p.post) distance = b[i];
                         }
-                        sum += distance < 0 ? -distance : distance;
-                        above[lane] = shift_in_sign(above[lane], 0 - distance);  // 0 - 0 is +0
-                        below[lane] = shift_in_sign(below[lane], distance + 0);
+                        sum += magnitude(distance);
+                        above = shift_in_sign(above, 0 - distance);  // 0 - 0 is +0
+                        below = shift_in_sign(below, distance + 0);
                     }
                     if (!LAST) {  // each layer pads with zeros of its own
-                        const int at = row * p.tiling.width;
-                        const int base = p.shared.hidden[layer.number],
-                                  target = p.shared.target[layer.number];
-                        M::store_pair(
-                            warp, [&](int piece) { return piece_address<PIECES>(base, at, column, piece); },
-                            channel, inside, b[0], b[1]);
-                        if (target >= 0 && layer.mixed)
-                            M::store_pair(
-                                warp,
-                                [&](int piece) { return piece_address<PIECES>(target, at, column, piece); },
-                                channel, inside, aq[0], aq[1]);
+                        const int at = (row * p.tiling.width + column) * PIXEL +
+                                       M::template channel_offset<PIECES>(column, channel);
+                        M::store_pair(warp, hidden + at, inside, b[0], b[1]);
+                        if (target >= 0) M::store_pair(warp, target + at, inside, aq[0], aq[1]);
                     }
                 }
                 total[lane] += counts ? sum : 0;
-                const std::uint32_t seen = !counts ? 0u : p.post ? on[lane] : ~0u;
-                above[lane] &= seen;
-                below[lane] &= seen;
-                pixel[lane] = owned && p.codes != nullptr
-                                  ? (tile.n * p.h + layer.region.y + row) * p.w + layer.region.x + column
-                                  : -1;
+                const std::uint32_t seen = !counts ? 0u : p.post ? on : ~0u;
+                code.above[lane] = above & seen;
+                code.below[lane] = below & seen;
+                code.on[lane] = on;
+                code.due[lane] = owned;
             });
-            if (p.codes == nullptr) continue;
-            if (OUT == 16) {  // two lanes share a byte
-                Lanes<std::uint32_t> mine;
-                for_lanes(warp,
-                          [&](int lane) { mine[lane] = above[lane] | below[lane] << 8 | on[lane] << 16; });
-                const Lanes<std::uint32_t> other = shuffle_xor(warp, mine, 1);
-                for_lanes(warp, [&](int lane) {
-                    const std::uint32_t both = mine[lane] | other[lane] << 4;
-                    above[lane] = both & 255u;
-                    below[lane] = both >> 8 & 255u;
-                    on[lane] = both >> 16 & 255u;
-                });
-            }
-            std::uint8_t* const codes = p.codes + plan.codes;
-            for_lanes(warp, [&](int lane) {
-                if (pixel[lane] < 0) return;
-                const int t = lane % 4;
-                if constexpr (OUT < 8) {
-                    if (t == 0)
-                        codes[pixel[lane]] = static_cast<std::uint8_t>(above[lane] | below[lane] << 2);
-                } else {
-                    if (!LAST) store_code<OUT>(codes, pixel[lane], t, on[lane]);
-                    store_code<OUT>(codes + (LAST ? 0 : plane), pixel[lane], t, above[lane]);
-                    store_code<OUT>(codes + (LAST ? 1 : 2) * plane, pixel[lane], t, below[lane]);
-                }
-            });
+            if (p.codes != nullptr)
+                write_codes<OUT, LAST>(warp, p, p.layer[layer.number], place, r * p.w + 8 * half, code);
         }
     }
 }
@@ -223,6 +266,36 @@ struct Chunk {
     bool first, last;
 };
 
+// The row of the table that a unit's t(q) starts from: its class's, which is all of it, or the bias behind
+// the classes.
+template <int R>
+DEVICE int target_row(Warp warp, const Problem& p, const Layer& layer, const Unit& unit) {
+    if (!layer.mixed) return warp.load_uniform<std::uint16_t>(p.shared.labels);
+    const int one = unit_class<R>(warp, p, layer.number, unit);
+    return one >= 0 ? one : p.classes + 1;
+}
+
+// Sums that wait in shared memory for the next chunk of classes, each lane's its own.
+template <int R, int NT>
+DEVICE void load_sums(Warp warp, Sums<R, NT>& sums, int address) {
+    for_lanes(warp, [&](int lane) {
+#pragma unroll
+        for (int k = 0; k < R * NT * 4; ++k)
+            sums.at[k / (NT * 4)][k / 4 % NT][k % 4][lane] =
+                warp.load<float>(address + (k * LANES + lane) * 4);
+    });
+}
+
+template <int R, int NT>
+DEVICE void store_sums(Warp warp, const Sums<R, NT>& sums, int address) {
+    for_lanes(warp, [&](int lane) {
+#pragma unroll
+        for (int k = 0; k < R * NT * 4; ++k)
+            warp.store<float>(address + (k * LANES + lane) * 4,
+                              sums.at[k / (NT * 4)][k / 4 % NT][k % 4][lane]);
+    });
+}
+
 // The first layer; PIECES of input hold all classes or one chunk of them.
 template <class P, class M, int PIECES, bool CHUNKS>
 DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixed, Chunk chunk) {
@@ -237,40 +310,25 @@ DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, boo
 #pragma unroll 1
     for (int u = warp.index; u < units; u += WARPS) {
         const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
+        const int one = target_row<R>(warp, p, layer, unit);
+        TableRow<OUT, NT> row;
+        row.load(warp, p.layer[0], one);
         Sums<R, NT> d;
         set_zero(warp, d);
         if (CHUNKS) {
             const int kept = p.shared.partial + u * (R * NT * 4) * LANES * 4;
-            if (!chunk.first)
-                for_lanes(warp, [&](int lane) {
-#pragma unroll
-                    for (int k = 0; k < R * NT * 4; ++k)
-                        d.at[k / (NT * 4)][k / 4 % NT][k % 4][lane] =
-                            warp.load<float>(kept + (k * LANES + lane) * 4);
-                });
+            if (!chunk.first) load_sums(warp, d, kept);
             convolve<M, PIECES, NT, R, true>(warp, d, input, weights, unit.row, unit.column);
             if (!chunk.last) {
-                for_lanes(warp, [&](int lane) {
-#pragma unroll
-                    for (int k = 0; k < R * NT * 4; ++k)
-                        warp.store<float>(kept + (k * LANES + lane) * 4,
-                                          d.at[k / (NT * 4)][k / 4 % NT][k % 4][lane]);
-                });
+                store_sums(warp, d, kept);
                 continue;
             }
         } else {
             convolve<M, PIECES, NT, R, false>(warp, d, input, weights, unit.row, unit.column);
         }
         Sums<R, NT> tq;
-        set_zero(warp, tq);
-        const int one =
-            mixed ? unit_class<R>(warp, p, 0, unit) : warp.load_uniform<std::uint16_t>(p.shared.labels);
-        if (one >= 0) {
-            add_row<OUT>(warp, tq, p.layer[0].table + one * OUT);
-        } else {
-            add_row<OUT>(warp, tq, p.layer[0].bias);
-            add_columns<OUT>(warp, tq, p, unit);
-        }
+        row.fill(warp, tq);
+        if (one > p.classes) add_columns<OUT>(warp, tq, p, unit);
         finish_unit<M, OUT, false>(warp, p, tile, layer, unit, d, tq, total);
     }
     if (!CHUNKS || chunk.last) store_layer_sum(warp, p, 0, total);
@@ -291,19 +349,17 @@ DEVICE void layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixe
 #pragma unroll 1
     for (int u = warp.index; u < units; u += WARPS) {
         const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
+        const int one = layer.with_target ? target_row<R>(warp, p, layer, unit) : 0;
+        TableRow<OUT, NT> row;
+        if (layer.with_target) row.load(warp, p.layer[i], one);
         Sums<R, NT> d, tq;
         set_zero(warp, d);
         convolve<M, PIECES, NT, R, false>(warp, d, input, weights, unit.row, unit.column);
-        set_zero(warp, tq);
         if (layer.with_target) {
-            const int one =
-                mixed ? unit_class<R>(warp, p, i, unit) : warp.load_uniform<std::uint16_t>(p.shared.labels);
-            if (one >= 0) {
-                add_row<OUT>(warp, tq, p.layer[i].table + one * OUT);
-            } else {
+            row.fill(warp, tq);
+            if (one > p.classes) {
                 const Input target = {p.shared.target[i - 1], input.pitch, input.rows, input.zero};
                 convolve<M, PIECES, NT, R, false>(warp, tq, target, weights, unit.row, unit.column);
-                add_row<OUT>(warp, tq, p.layer[i].bias);
             }
         }
         finish_unit<M, OUT, LAST>(warp, p, tile, layer, unit, d, tq, total);
@@ -332,7 +388,7 @@ DEVICE void begin_block(Warp warp, const Problem& p) {
 }
 
 // Sums of the tile, in the order of the warps.
-DEVICE void store_sums(Warp warp, const Problem& p, std::int64_t tile) {
+DEVICE void add_up(Warp warp, const Problem& p, std::int64_t tile) {
     if (warp.index != 0) return;
     for_lanes(warp, [&](int lane) {
         if (lane >= 4 + p.layers) return;
@@ -383,7 +439,7 @@ DEVICE void forward_block(Block& block, const Problem& p) {
                     [&](Warp warp) { layer_phase<P, M, decltype(shape)::VALUE>(warp, p, tile, mixed, i); });
             });
         }
-        block.phase([&](Warp warp) { store_sums(warp, p, index); });
+        block.phase([&](Warp warp) { add_up(warp, p, index); });
     }
 }
 

@@ -7,17 +7,6 @@
 
 namespace semeda_fast::gpu {
 
-// Pixels lie in rows without gaps, PIECES pieces each. Eight neighbouring pixels, wherever they start, must
-// hit eight different groups of four banks: odd PIECES do so by themselves, even ones after exchanging pieces
-// by the column.
-template <int PIECES>
-DEVICE int swizzled(int column, int piece) {
-    if (PIECES % 2 == 1) return piece;
-    if (PIECES % 8 == 0) return piece ^ (column & 7);
-    if (PIECES % 4 == 0) return piece ^ (column >> 1 & 3);
-    return piece ^ (column >> 2 & 1);
-}
-
 // `row` is the number of the row's first pixel. A column beyond the row is one of the next: hidden rows are
 // multiples of 16 pixels, where the exchange begins anew.
 template <int PIECES>

@@ -108,18 +108,17 @@ DEVICE std::uint32_t to_half2(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<const std::uint32_t*>(&both);
 }
-// Both halves within the finite numbers of fp16.
-DEVICE std::uint32_t clamp_half2(std::uint32_t both) {
-    const std::uint32_t most = 0x7bff7bffu, least = 0xfbfffbffu;
-    __half2 value = *reinterpret_cast<const __half2*>(&both);
-    value = __hmin2(value, *reinterpret_cast<const __half2*>(&most));
-    value = __hmax2(value, *reinterpret_cast<const __half2*>(&least));
-    return *reinterpret_cast<const std::uint32_t*>(&value);
+// The same, with the largest number where that would be infinity.
+DEVICE std::uint32_t to_finite_half2(float low, float high) {
+    std::uint32_t both;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
 }
 DEVICE std::uint16_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DEVICE float from_half(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE std::uint16_t to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE float larger(float x, float y) { return fmaxf(x, y); }
 // `word` with the sign of x behind its lowest bit.
 DEVICE std::uint32_t shift_in_sign(std::uint32_t word, float x) {
@@ -127,7 +126,12 @@ DEVICE std::uint32_t shift_in_sign(std::uint32_t word, float x) {
 }
 
 DEVICE float exponential(float x) { return expf(x); }
-DEVICE float quick_exponential(float x) { return __expf(x); }
+// e^x to about 1e-6, and 0 below the normal numbers.
+DEVICE float quick_exponential(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+    return result;
+}
 DEVICE float logarithm(float x) { return logf(x); }
 DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 

@@ -9,8 +9,24 @@
 
 namespace semeda_fast::gpu {
 
+// Pixels lie in rows without gaps, PIECES pieces each. Eight neighbouring pixels, wherever they start, must
+// hit eight different groups of four banks: odd PIECES do so by themselves, even ones after exchanging pieces
+// by the column.
+template <int PIECES>
+DEVICE int swizzled(int column, int piece) {
+    if (PIECES % 2 == 1) return piece;
+    if (PIECES % 8 == 0) return piece ^ (column & 7);
+    if (PIECES % 4 == 0) return piece ^ (column >> 1 & 3);
+    return piece ^ (column >> 2 & 1);
+}
+
 struct Half {
     static constexpr int CHANNELS = HALF_CHANNELS;  // of a piece
+    using Raw = unsigned short;                     // a logit as it lies in memory
+    static DEVICE float from_raw(bool bfloat, Raw bits) {
+        return bfloat ? bits_float(static_cast<std::uint32_t>(bits) << 16) : from_half(bits);
+    }
+    static DEVICE Raw to_raw(bool bfloat, float value) { return bfloat ? to_bfloat(value) : to_half(value); }
     struct Left {
         Lanes<std::uint32_t> r[4];
     };
@@ -23,17 +39,18 @@ struct Half {
         multiply_f16(c, a.r, b.r);
     }
 
-    // Two neighbouring channels of a pixel, `channel` even, whose pieces lie where piece_address says; zeros
-    // unless `keep`. Saturated, since one infinity would make the whole loss one.
-    template <class Address>
-    static DEVICE void store_pair(Warp warp, Address piece_address, int channel, bool keep, float x,
-                                  float y) {
-        const std::uint32_t both = clamp_half2(to_half2(x, y));
-        warp.store<std::uint32_t>(piece_address(channel / 8) + 2 * (channel % 8), keep ? both : 0u);
+    // Where a channel of a pixel lies, from the pixel's first byte.
+    template <int PIECES>
+    static DEVICE int channel_offset(int column, int channel) {
+        return swizzled<PIECES>(column, channel / CHANNELS) * PIECE + 2 * (channel % CHANNELS);
     }
-    template <class Address>
-    static DEVICE void store_one(Warp warp, Address piece_address, int channel, float x) {
-        warp.store<std::uint16_t>(piece_address(channel / 8) + 2 * (channel % 8), to_half(x));
+    // Two neighbouring channels, zeros unless `keep`. Saturated, since one infinity would make the whole loss
+    // one.
+    static DEVICE void store_pair(Warp warp, int address, bool keep, float x, float y) {
+        warp.store<std::uint32_t>(address, keep ? to_finite_half2(x, y) : 0u);
+    }
+    static DEVICE void store_one(Warp warp, int address, float x) {
+        warp.store<std::uint16_t>(address, to_half(x));
     }
     // One word of a piece of packed weights holds channels 2t and 2t + 1.
     template <class F>
@@ -52,6 +69,9 @@ struct Half {
 
 struct Tf32x3 {
     static constexpr int CHANNELS = TF32_CHANNELS;
+    using Raw = float;
+    static DEVICE float from_raw(bool, Raw value) { return value; }
+    static DEVICE Raw to_raw(bool, float value) { return value; }
     struct Left {
         Lanes<std::uint32_t> r[4], low[4];
     };
@@ -65,16 +85,14 @@ struct Tf32x3 {
         multiply_tf32(c, a.r, b.low);
         multiply_tf32(c, a.r, b.r);
     }
-    template <class Address>
-    static DEVICE void store_pair(Warp warp, Address piece_address, int channel, bool keep, float x,
-                                  float y) {
-        warp.store<float2>(piece_address(channel / 4) + 4 * (channel % 4),
-                           keep ? float2{x, y} : float2{0, 0});
+    template <int PIECES>
+    static DEVICE int channel_offset(int column, int channel) {
+        return swizzled<PIECES>(column, channel / CHANNELS) * PIECE + 4 * (channel % CHANNELS);
     }
-    template <class Address>
-    static DEVICE void store_one(Warp warp, Address piece_address, int channel, float x) {
-        warp.store<float>(piece_address(channel / 4) + 4 * (channel % 4), x);
+    static DEVICE void store_pair(Warp warp, int address, bool keep, float x, float y) {
+        warp.store<float2>(address, keep ? float2{x, y} : float2{0, 0});
     }
+    static DEVICE void store_one(Warp warp, int address, float x) { warp.store<float>(address, x); }
     template <class F>
     static DEVICE std::uint32_t pack_word(int t, F channel_value) {
         return float_bits(channel_value(t));

@@ -62,7 +62,7 @@ DEVICE float sum_of_taps(const float* weight) {
     return sum;
 }
 
-// A row of the table: t_l(q) where all the receptive field holds class c, or is void (c = C). Shared memory:
+// A row of the tables: t_l(q) where all the receptive field holds class c, or is void (c = C). Shared memory:
 // activations [2][64] and partial sums [THREADS], floats.
 DEVICE void table_row(Block& block, const Problem& p, int c) {
     constexpr int MOST = MAX_CHANNELS;
@@ -95,6 +95,7 @@ DEVICE void table_row(Block& block, const Problem& p, int c) {
                 for (int part = 0; part < parts; ++part)
                     t += warp.load<float>(sums + 4 * (part * layer.out + k));
                 layer.table[c * layer.out + k] = t;
+                if (c == p.classes) layer.table[(c + 1) * layer.out + k] = load_constant(layer.bias + k);
                 warp.store<float>(after + 4 * k, t > 0 ? t : 0.f);
             });
         });

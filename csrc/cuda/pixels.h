@@ -39,42 +39,43 @@ DEVICE Label read_label(const Problem& p, std::int64_t n, int y, int x) {
     return {static_cast<int>(label), false};
 }
 
-// fp32 for Tf32x3, else fp16 or bf16.
-template <class M>
-DEVICE float read_float(const View& view, std::int64_t at);
-
-template <>
-DEVICE float read_float<Tf32x3>(const View& view, std::int64_t at) {
-    return load_constant(static_cast<const float*>(view.data) + at);
-}
-
-template <>
-DEVICE float read_float<Half>(const View& view, std::int64_t at) {
-    const unsigned short bits = load_constant(static_cast<const unsigned short*>(view.data) + at);
-    return view.dtype == DType::bf16 ? bits_float(static_cast<std::uint32_t>(bits) << 16) : from_half(bits);
-}
+DEVICE bool is_bfloat(const View& view) { return view.dtype == DType::bf16; }
 
 template <class M>
-DEVICE void write_float(const View& view, std::int64_t at, float value);
-
-template <>
-DEVICE void write_float<Tf32x3>(const View& view, std::int64_t at, float value) {
-    static_cast<float*>(view.data)[at] = value;
-}
-
-template <>
-DEVICE void write_float<Half>(const View& view, std::int64_t at, float value) {
-    static_cast<std::uint16_t*>(view.data)[at] =
-        view.dtype == DType::bf16 ? to_bfloat(value) : to_half(value);
+DEVICE const typename M::Raw* raw_at(const View& view, std::int64_t at) {
+    return static_cast<const typename M::Raw*>(view.data) + at;
 }
 
 // z of class c of the pixel whose first logit is at `at`; in binary mode softmax([0, z]) = [1 - sigma(z),
 // sigma(z)]. CLASSES: how many there are at most; with more than 8 nobody asks for the mode.
 template <class M, int CLASSES>
 DEVICE float read_logit(const Problem& p, std::int64_t at, int c) {
-    if (CLASSES <= 8 && p.binary) return c == 0 ? 0.f : read_float<M>(p.logits, at);
-    return read_float<M>(p.logits, at + c * p.logits.stride[1]);
+    const bool binary = CLASSES <= 8 && p.binary;
+    if (binary && c == 0) return 0;
+    return M::from_raw(is_bfloat(p.logits),
+                       load_constant(raw_at<M>(p.logits, binary ? at : at + c * p.logits.stride[1])));
 }
+
+// All logits of a pixel: asked for at once, so that memory is waited for once, and turned into numbers later.
+template <class M, int CLASSES>
+struct Logits {
+    typename M::Raw raw[CLASSES];
+
+    DEVICE void load(const Problem& p, std::int64_t at) {
+        const int channels = CLASSES <= 8 && p.binary ? 1 : p.classes;
+        const typename M::Raw* from = raw_at<M>(p.logits, at);
+#pragma unroll
+        for (int c = 0; c < CLASSES; ++c) {
+            raw[c] = load_constant(from);
+            from += c + 1 < channels ? p.logits.stride[1] : 0;  // the last one again
+        }
+    }
+    // Minus infinity beyond the last class.
+    DEVICE float operator()(const Problem& p, int c) const {
+        if (c >= p.classes) return -INFINITY;
+        return CLASSES <= 8 && p.binary && c == 0 ? 0.f : M::from_raw(is_bfloat(p.logits), raw[c]);
+    }
+};
 
 // Of one class: 1 without class weights.
 DEVICE float class_weight(const Problem& p, int c) {

@@ -403,7 +403,7 @@ Launch make_launch(const LossParams& params, const DeviceFacts& device, bool bac
         words += to.packed_words;
         const bool table = !backward && (i < s.layers - 1 || s.post);
         if (table)
-            to.table = reinterpret_cast<float*>(take(4 * static_cast<std::int64_t>(s.classes + 1) * to.out));
+            to.table = reinterpret_cast<float*>(take(4 * static_cast<std::int64_t>(s.classes + 2) * to.out));
         const int parts = i == 0 && !backward ? s.chunks() : 1;
         const int in = backward ? to.out : i > 0 ? to.in : s.chunked() ? CLASS_CHUNK : s.padded_classes();
         const int out = !backward ? to.out : i > 0 ? to.in : s.padded_classes();

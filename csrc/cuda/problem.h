@@ -40,7 +40,7 @@ struct LayerPlan {
     const float* bias;      // [out]
     std::uint32_t* packed;  // fragments, see packing.h
     int packed_words;
-    float* table;        // [C + 1, out] t(q) inside a region of one class (void: C); null where unused
+    float* table;        // [C + 2, out] t(q) inside a region of one class (void: C), then the bias; or null
     float inverse;       // 1 / (K_l s_l)
     float seed;          // w_l / (K_l s_l) / unit
     std::int64_t codes;  // byte offset in `codes`

@@ -79,50 +79,52 @@ DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
     PixelSums sums;
     begin(warp, sums);
     for_pixels(warp, p, region, [&](int lane, int i, int row, int column, int y, int x) {
+        const std::int64_t at = is_inside(p, y, x) ? pixel_offset(p.logits, tile.n, y, x) : 0;
+        Logits<M, CLASSES> logits;
+        logits.load(p, at);  // before it is known whether the pixel is void
         const Label label = read_label(p, tile.n, y, x);
         const bool valid = label.value < p.classes;
         warp.store<std::uint16_t>(p.shared.labels + 2 * i, static_cast<std::uint16_t>(label.value));
-        const auto address = [&](int piece) {
-            return piece_address<PIECES>(p.shared.input, i - column, column, piece);
-        };
         float z[CLASSES], ce = 0, own = 0;
+        float highest = -INFINITY;  // drops a NaN, which the sum keeps
 #pragma unroll
-        for (int c = 0; c < CLASSES; ++c) z[c] = 0;
+        for (int c = 0; c < CLASSES; ++c) {
+            z[c] = logits(p, c);
+            highest = larger(highest, z[c]);
+        }
+        float all = 0, weights = 0;
+        if (p.smoothing > 0) {
+#pragma unroll
+            for (int c = 0; c < CLASSES; ++c) {
+                if (c >= p.classes) continue;
+                all += class_weight(p, c) * (z[c] - highest);
+                weights += class_weight(p, c);
+            }
+        }
+        float total = 0;
+#pragma unroll
+        for (int c = 0; c < CLASSES; ++c) {
+            z[c] = M::exp(z[c] - highest);
+            total += z[c];
+        }
+        const float inverse = 1.f / total;
         if (valid) {
-            const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
-            own = read_logit<M, CLASSES>(p, at, label.value);
-            float highest = -INFINITY;  // drops a NaN, which the sum keeps
-#pragma unroll
-            for (int c = 0; c < CLASSES; ++c) {
-                z[c] = c < p.classes ? read_logit<M, CLASSES>(p, at, c) : -INFINITY;
-                highest = larger(highest, z[c]);
-            }
-            own -= highest;
-            float total = 0, all = 0, weights = 0;
-            if (p.smoothing > 0) {
-#pragma unroll
-                for (int c = 0; c < CLASSES; ++c) {
-                    if (c >= p.classes) continue;
-                    all += class_weight(p, c) * (z[c] - highest);
-                    weights += class_weight(p, c);
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < CLASSES; ++c) {
-                z[c] = M::exp(z[c] - highest);
-                total += z[c];
-            }
-            const float log_total = logarithm(total), inverse = 1.f / total;
+            own = read_logit<M, CLASSES>(p, at, label.value) - highest;
+            const float log_total = logarithm(total);
             ce = cross_entropy(p, class_weight(p, label.value), own - log_total, all - weights * log_total);
             own = M::exp(own) * inverse - 1.f;
-#pragma unroll
-            for (int c = 0; c < CLASSES; ++c) z[c] *= inverse;
         }
 #pragma unroll
+        for (int c = 0; c < CLASSES; ++c) z[c] = valid ? z[c] * inverse : 0.f;
+#pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(address(piece),
+            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
                               M::pack_piece([&](int k) { return z[piece * M::CHANNELS + k]; }));
-        if (valid) M::store_one(warp, address, label.value, own);  // p - q of the label, where q is 1
+        if (valid)  // p - q of the label, where q is 1
+            M::store_one(
+                warp,
+                p.shared.input + i * PIECES * PIECE + M::template channel_offset<PIECES>(column, label.value),
+                own);
         count(p, label, is_owned(p, region, row, column), ce, lane, sums);
     });
     end(warp, p, sums);
@@ -140,13 +142,13 @@ DEVICE void log_sum_phase(Warp warp, const Problem& p, const Tile& tile) {
         float highest = -INFINITY, total = 0, ce = 0;
         if (label.value < p.classes) {
             const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
-#pragma unroll 4
+#pragma unroll 8
             for (int c = 0; c < p.classes; ++c) {
                 const float z = read_logit<M, MAX_CLASSES>(p, at, c);
                 highest = larger(highest, z);
             }
             float own = 0, all = 0, weights = 0;
-#pragma unroll 4
+#pragma unroll 8
             for (int c = 0; c < p.classes; ++c) {
                 const float shifted = read_logit<M, MAX_CLASSES>(p, at, c) - highest;
                 own = c == label.value ? shifted : own;
@@ -174,17 +176,24 @@ DEVICE void chunk_phase(Warp warp, const Problem& p, const Tile& tile, int first
         const int label = warp.load<std::uint16_t>(p.shared.labels + 2 * i);
         const float2 sums = warp.load<float2>(p.shared.log_sums + 8 * i);
         const bool valid = label < p.classes;
-        const float inverse = valid ? 1.f / sums.y : 0.f;
-        const std::int64_t at = valid ? pixel_offset(p.logits, tile.n, y, x) : 0;
+        const float inverse = 1.f / sums.y;
+        const typename M::Raw* from = raw_at<M>(
+            p.logits, valid ? pixel_offset(p.logits, tile.n, y, x) + first * p.logits.stride[1] : 0);
 #pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
-                              M::pack_piece([&](int k) {
-                                  const int c = first + piece * M::CHANNELS + k;
-                                  if (!valid || c >= p.classes) return 0.f;
-                                  return M::exp(read_logit<M, MAX_CLASSES>(p, at, c) - sums.x) * inverse -
-                                         (c == label ? 1.f : 0.f);
-                              }));
+        for (int piece = 0; piece < PIECES; ++piece) {
+            typename M::Raw raw[M::CHANNELS];
+#pragma unroll
+            for (int k = 0; k < M::CHANNELS; ++k) {
+                raw[k] = load_constant(from);
+                from += valid && first + piece * M::CHANNELS + k + 1 < p.classes ? p.logits.stride[1] : 0;
+            }
+            warp.store<uint4>(
+                piece_address<PIECES>(p.shared.input, i - column, column, piece), M::pack_piece([&](int k) {
+                    const int c = first + piece * M::CHANNELS + k;
+                    const float s = M::exp(M::from_raw(is_bfloat(p.logits), raw[k]) - sums.x) * inverse;
+                    return valid && c < p.classes ? s - (c == label ? 1.f : 0.f) : 0.f;
+                }));
+        }
     });
 }
 

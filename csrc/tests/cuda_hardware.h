@@ -46,9 +46,10 @@ struct Emulation {
     Number drop_kernel = -1;   // happen; in blocks of this kernel alone, or of all
     Number swizzle_fault = 0;  // exclusive or with the shared address of odd rows of a matrix load
     Number products = 0;       // matrix products so far
-    Number barriers[3] = {};   // of a block of each kernel, the most since they were last set
+    Number barriers[5] = {};   // of a block of each kernel, the most since they were last set
     Number rows = 0, width = 0, strip_rows = 0, resident = 0, blocks = 0, tiles = 0;  // of the last launch
-    int kernel = 0;    // that runs: 0 before the tiles, 1 the tiles, 2 behind them
+    int kernel =
+        0;  // that runs: 0 before the tiles of forward, 1 forward, 2 finish, 3 before backward, 4 backward
     std::string race;  // the first one, "" where there was none
     std::vector<std::pair<std::uintptr_t, std::uintptr_t>>
         memory;                 // device memory, begin and end; empty: all
@@ -192,7 +193,8 @@ float from_half(std::uint16_t bits);
 inline std::uint32_t to_half2(float low, float high) {
     return to_half(low) | static_cast<std::uint32_t>(to_half(high)) << 16;
 }
-inline std::uint32_t clamp_half2(std::uint32_t both) {
+inline std::uint32_t to_finite_half2(float low, float high) {
+    std::uint32_t both = to_half2(low, high);
     for (int shift = 0; shift < 32; shift += 16)  // infinities become the largest number
         if ((both >> shift & 0x7fffu) == 0x7c00u) both -= 1u << shift;
     return both;
@@ -206,6 +208,7 @@ inline float to_tf32(float value) {
     return value != value ? value : bits_float((float_bits(value) + 0x1000u) & ~0x1fffu);
 }
 
+inline float magnitude(float x) { return std::fabs(x); }
 inline float larger(float x, float y) { return std::fmax(x, y); }
 inline std::uint32_t shift_in_sign(std::uint32_t word, float x) { return word << 1 | float_bits(x) >> 31; }
 
