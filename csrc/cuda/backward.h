@@ -229,7 +229,8 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
     for_strip(warp, p, tile, strip, [&](int, int d_p, int y, int x) {
         const std::int64_t to = pixel_offset(p.d_logits, tile.n, y, x);
         Logits<M, CLASSES> logits;
-        logits.load(p, pixel_offset(p.logits, tile.n, y, x));  // before it is known whether the pixel is void
+        logits.load(p, pixel_offset(p.logits, tile.n, y, x),
+                    true);  // before it is known whether the pixel is void
         const Label label = read_label(p, tile.n, y, x);
         const bool valid = label.value < p.classes;
         float s[CLASSES];
@@ -242,7 +243,7 @@ DEVICE void d_logits_phase(Warp warp, const Problem& p, const Tile& tile, int st
         float total = 0, dot = 0, weights = 0;
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c) {
-            s[c] = M::exp(s[c] - highest);
+            s[c] = M::exp(s[c], highest);
             total += s[c];
             dot += c < p.classes ? s[c] * warp.load<float>(d_p + 4 * c) : 0.f;
         }
@@ -292,7 +293,7 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
         }
 #pragma unroll 8
         for (int c = 0; c < p.classes; ++c) {
-            const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c) - highest);
+            const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c), highest);
             total += s;
             dot += s * warp.load<float>(d_p + 4 * c);
             if (p.smoothing > 0) weights += class_weight(p, c);
@@ -301,7 +302,7 @@ DEVICE void d_logits_of_many_phase(Warp warp, const Problem& p, const Tile& tile
         const PixelGradient g = pixel_gradient(p, label.value, dot * inverse, weights);
 #pragma unroll 8
         for (int c = 0; c < p.classes; ++c) {
-            const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c) - highest) * inverse;
+            const float s = M::exp(read_logit<M, MAX_CLASSES>(p, from, c), highest) * inverse;
             const float d_z = logit_gradient<true>(p, g, c, s, warp.load<float>(d_p + 4 * c));
             at[c * p.d_logits.stride[1]] = M::to_raw(is_bfloat(p.d_logits), d_z);
         }

@@ -55,34 +55,23 @@ DEVICE int unit_class(Warp warp, const Problem& p, int i, const Unit& unit) {
     return found;
 }
 
-// What a lane's channels have in a row of a layer's table: features of a class, or the bias.
-template <int OUT, int NT>
-struct TableRow {
-    Lanes<float2> at[NT];
-
-    DEVICE void load(Warp warp, const LayerPlan& layer, int row) {
-        for_lanes(warp, [&](int lane) {
-            const auto* from =
-                reinterpret_cast<const float2*>(layer.table + row * OUT + sum_channel(lane, 0));
+// Each sum becomes what its channel has in a row of a layer's table: features of a class, or the bias. The
+// rows in use are few and stay in the first-level cache.
+template <int OUT, int R, int NT>
+DEVICE void fill_from_table(Warp warp, Sums<R, NT>& sums, const LayerPlan& layer, int row) {
+    for_lanes(warp, [&](int lane) {
+        const auto* from = reinterpret_cast<const float2*>(layer.table + row * OUT + sum_channel(lane, 0));
 #pragma unroll
-            for (int j = 0; j < NT; ++j)
-                at[j][lane] =
-                    OUT % 8 == 0 || sum_channel(lane, 0) < OUT ? load_constant(from + 4 * j) : float2{0, 0};
-        });
-    }
-    template <int R>
-    DEVICE void fill(Warp warp, Sums<R, NT>& sums) const {
-        for_lanes(warp, [&](int lane) {
+        for (int j = 0; j < NT; ++j) {
+            const bool exists = OUT % 8 == 0 || sum_channel(lane, 0) < OUT;
+            const float2 pair = exists ? load_constant(from + 4 * j) : float2{0, 0};
 #pragma unroll
-            for (int j = 0; j < NT; ++j)
+            for (int r = 0; r < R; ++r)
 #pragma unroll
-                for (int r = 0; r < R; ++r)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        sums.at[r][j][i][lane] = i % 2 == 0 ? at[j][lane].x : at[j][lane].y;
-        });
-    }
-};
+                for (int i = 0; i < 4; ++i) sums.at[r][j][i][lane] = i % 2 == 0 ? pair.x : pair.y;
+        }
+    });
+}
 
 // t_1(q) without bias: the convolution over a one-hot map picks a column of weights for each of 9 labels.
 template <int OUT, int R, int NT>
@@ -222,16 +211,16 @@ DEVICE void finish_unit(Warp warp, const Problem& p, const Tile& tile, const Lay
                         float distance = d.at[r][j][2 * half + i][lane];
                         if (!LAST || layer.with_target) {
                             const float q = tq.at[r][j][2 * half + i][lane];
-                            const float negative = -q - distance, t = -negative;
                             aq[i] = larger(q, 0);
-                            // Not relu(t) - relu(q) where d itself is at hand: that would round.
-                            b[i] = q > 0 ? larger(distance, -q) : larger(t, 0);
-                            on = shift_in_sign(on, negative);
+                            // relu(q + d) - relu(q), which is d itself where both are positive
+                            b[i] = larger(distance, -q) + smaller(q, 0);
+                            on = shift_in_sign(on, -q - distance);
                             if (p.post) distance = b[i];
                         }
                         sum += magnitude(distance);
-                        above = shift_in_sign(above, 0 - distance);  // 0 - 0 is +0
-                        below = shift_in_sign(below, distance + 0);
+                        // A sum that began with +0 is never -0, and 0 - 0 is +0.
+                        above = shift_in_sign(above, 0 - distance);
+                        below = shift_in_sign(below, distance);
                     }
                     if (!LAST) {  // each layer pads with zeros of its own
                         const int at = (row * p.tiling.width + column) * PIXEL +
@@ -310,9 +299,6 @@ DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, boo
 #pragma unroll 1
     for (int u = warp.index; u < units; u += WARPS) {
         const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
-        const int one = target_row<R>(warp, p, layer, unit);
-        TableRow<OUT, NT> row;
-        row.load(warp, p.layer[0], one);
         Sums<R, NT> d;
         set_zero(warp, d);
         if (CHUNKS) {
@@ -327,7 +313,8 @@ DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, boo
             convolve<M, PIECES, NT, R, false>(warp, d, input, weights, unit.row, unit.column);
         }
         Sums<R, NT> tq;
-        row.fill(warp, tq);
+        const int one = target_row<R>(warp, p, layer, unit);
+        fill_from_table<OUT>(warp, tq, p.layer[0], one);
         if (one > p.classes) add_columns<OUT>(warp, tq, p, unit);
         finish_unit<M, OUT, false>(warp, p, tile, layer, unit, d, tq, total);
     }
@@ -349,14 +336,12 @@ DEVICE void layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixe
 #pragma unroll 1
     for (int u = warp.index; u < units; u += WARPS) {
         const Unit unit = {u / across * R, u % across * MATRIX_ROWS};
-        const int one = layer.with_target ? target_row<R>(warp, p, layer, unit) : 0;
-        TableRow<OUT, NT> row;
-        if (layer.with_target) row.load(warp, p.layer[i], one);
         Sums<R, NT> d, tq;
         set_zero(warp, d);
         convolve<M, PIECES, NT, R, false>(warp, d, input, weights, unit.row, unit.column);
         if (layer.with_target) {
-            row.fill(warp, tq);
+            const int one = target_row<R>(warp, p, layer, unit);
+            fill_from_table<OUT>(warp, tq, p.layer[i], one);
             if (one > p.classes) {
                 const Input target = {p.shared.target[i - 1], input.pitch, input.rows, input.zero};
                 convolve<M, PIECES, NT, R, false>(warp, tq, target, weights, unit.row, unit.column);

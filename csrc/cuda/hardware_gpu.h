@@ -120,16 +120,17 @@ DEVICE std::uint16_t to_bfloat(float value) { return __bfloat16_as_ushort(__floa
 
 DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE float larger(float x, float y) { return fmaxf(x, y); }
+DEVICE float smaller(float x, float y) { return fminf(x, y); }
 // `word` with the sign of x behind its lowest bit.
 DEVICE std::uint32_t shift_in_sign(std::uint32_t word, float x) {
     return __funnelshift_l(__float_as_uint(x), word, 1);
 }
 
 DEVICE float exponential(float x) { return expf(x); }
-// e^x to about 1e-6, and 0 below the normal numbers.
-DEVICE float quick_exponential(float x) {
+// 2^x to about 1e-7 of it, and 0 below the normal numbers.
+DEVICE float quick_power_of_2(float x) {
     float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 DEVICE float logarithm(float x) { return logf(x); }
@@ -139,6 +140,22 @@ DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 template <class T>
 DEVICE T load_constant(const T* at) {
     return __ldg(at);
+}
+
+// The same of a number in device memory, or 0: without a branch, so that several are under way at once.
+DEVICE unsigned short load_constant_if(bool wanted, const unsigned short* at) {
+    unsigned short value;
+    asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b16 %0, 0;\n\t@p ld.global.nc.b16 %0, [%1];\n\t}"
+        : "=h"(value)
+        : "l"(at), "r"(static_cast<int>(wanted)));
+    return value;
+}
+DEVICE float load_constant_if(bool wanted, const float* at) {
+    float value;
+    asm("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\tmov.b32 %0, 0;\n\t@p ld.global.nc.b32 %0, [%1];\n\t}"
+        : "=f"(value)
+        : "l"(at), "r"(static_cast<int>(wanted)));
+    return value;
 }
 
 }  // namespace semeda_fast::gpu

@@ -36,9 +36,10 @@ constexpr int packed_words(int in, int out, int per_piece) {
     return 3 * row_products(pieces_of(in, per_piece)) * divide_up(out, 8) * LANES * 2;
 }
 
-// Sums of 16 pixels x 8 channels that a warp keeps in registers at once: two blocks on a multiprocessor leave
-// 128 registers a thread. Forward keeps as many again for the target's branch.
-constexpr int unit_sums(int min_blocks) { return min_blocks > 1 ? 8 : 16; }
+// Sums of 16 pixels x 8 channels that a warp keeps in registers at once, and as many again for the target's
+// branch. Two blocks on a multiprocessor leave 128 registers a thread; 12 and 16 are what 255 hold without
+// spilling.
+constexpr int unit_sums(int min_blocks, int widest) { return min_blocks > 1 ? 8 : widest > 32 ? 16 : 12; }
 
 // Rows of 16 pixels of a warp's unit of work, for so many tiles of 8 output channels.
 constexpr int unit_rows(int out_tiles, int sums) {

@@ -64,7 +64,11 @@ struct Half {
             to_half2(channel_value(0), channel_value(1)), to_half2(channel_value(2), channel_value(3)),
             to_half2(channel_value(4), channel_value(5)), to_half2(channel_value(6), channel_value(7))};
     }
-    static DEVICE float exp(float x) { return quick_exponential(x); }
+    // e^(x - shift). One rounding of the shift for all classes of a pixel, which softmax divides away.
+    static DEVICE float exp(float x, float shift) {
+        constexpr float LOG2_E = 1.44269504f;
+        return quick_power_of_2(x * LOG2_E - shift * LOG2_E);
+    }
 };
 
 struct Tf32x3 {
@@ -102,7 +106,7 @@ struct Tf32x3 {
         return uint4{float_bits(channel_value(0)), float_bits(channel_value(1)), float_bits(channel_value(2)),
                      float_bits(channel_value(3))};
     }
-    static DEVICE float exp(float x) { return exponential(x); }
+    static DEVICE float exp(float x, float shift) { return exponential(x - shift); }
 
   private:
     // x = high + low, each with tf32's 10 bits: what is left out of the products is 2^-22 of them.

@@ -61,14 +61,13 @@ template <class M, int CLASSES>
 struct Logits {
     typename M::Raw raw[CLASSES];
 
-    DEVICE void load(const Problem& p, std::int64_t at) {
-        const int channels = CLASSES <= 8 && p.binary ? 1 : p.classes;
+    DEVICE void load(const Problem& p, std::int64_t at, bool inside) {
+        const bool binary = CLASSES <= 8 && p.binary;
         const typename M::Raw* from = raw_at<M>(p.logits, at);
+        const std::int64_t step = binary ? 0 : p.logits.stride[1];  // its one channel is read twice
 #pragma unroll
-        for (int c = 0; c < CLASSES; ++c) {
-            raw[c] = load_constant(from);
-            from += c + 1 < channels ? p.logits.stride[1] : 0;  // the last one again
-        }
+        for (int c = 0; c < CLASSES; ++c, from += step)
+            raw[c] = load_constant_if(inside && c < p.classes, from);
     }
     // Minus infinity beyond the last class.
     DEVICE float operator()(const Problem& p, int c) const {

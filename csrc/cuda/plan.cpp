@@ -56,7 +56,10 @@ struct Shape {
 
 int round_up(int bytes) { return divide_up(bytes, PIECE) * PIECE; }
 
-int unit_rows_of(const Shape& s, int out_tiles) { return unit_rows(out_tiles, unit_sums(s.min_blocks())); }
+int unit_rows_of(const Shape& s, int out_tiles) {
+    const int widest = *std::max_element(s.proxy->channels, s.proxy->channels + s.layers);
+    return unit_rows(out_tiles, unit_sums(s.min_blocks(), widest));
+}
 
 struct Candidate {
     Tiling tiling;
@@ -175,7 +178,7 @@ struct Cycles {
 };
 
 Cycles tile_cycles(const Shape& s, const Candidate& c) {
-    // Products at the rate of sm_80; instructions as compiled: 14 a feature, 13 a class; latencies in round
+    // Products at the rate of sm_80; instructions as compiled: 20 a feature, 20 a class; latencies in round
     // numbers.
     const Tiling& t = c.tiling;
     const double product = s.half ? 2 : 6;
@@ -184,7 +187,7 @@ Cycles tile_cycles(const Shape& s, const Candidate& c) {
     const auto layer = [&](int in, int out, int rows, int groups) {
         const int tiles = divide_up(out, 8), r = unit_rows_of(s, tiles);
         const int steps = row_products(pieces_of(in, s.per_piece()));
-        const double instructions = 14.0 * 4 * r * tiles + 60.0 * r;
+        const double instructions = 20.0 * 4 * r * tiles + 60.0 * r;
         cycles.phase(divide_up(rows, r) * across * groups,
                      3.0 * r * tiles * steps * product + instructions / 4, 40.0 * steps + 200);
     };
@@ -194,9 +197,9 @@ Cycles tile_cycles(const Shape& s, const Candidate& c) {
     const double map = static_cast<double>((t.tile_h + 2 * s.layers) * (t.width + 2));
     const int first = s.chunked() ? CLASS_CHUNK : s.padded_classes();
     if (!s.backward) {
-        pixels(map, 60 + 13.0 * s.classes);
+        pixels(map, 150 + 20.0 * s.classes);
         for (int i = 0; i < s.chunks(); ++i) {
-            if (s.chunked()) pixels(map, 60 + 13.0 * CLASS_CHUNK);
+            if (s.chunked()) pixels(map, 150 + 20.0 * CLASS_CHUNK);
             layer(first, s.channels(0), t.tile_h + 2 * (s.layers - 1), 1);
         }
     } else {
@@ -204,7 +207,7 @@ Cycles tile_cycles(const Shape& s, const Candidate& c) {
         for (int strip = 0; strip < t.tile_h; strip += c.strip_rows) {
             const int rows = std::min(c.strip_rows, t.tile_h - strip);
             layer(s.channels(0), first, rows, s.chunks());
-            pixels(static_cast<double>(rows) * t.tile_w, 60 + (s.chunked() ? 25.0 : 16.0) * s.classes);
+            pixels(static_cast<double>(rows) * t.tile_w, 150 + 30.0 * s.classes);
         }
     }
     for (int i = 1; i < s.layers; ++i)

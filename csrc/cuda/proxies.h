@@ -18,7 +18,9 @@ struct Proxy {
     }
     template <class M>
     static constexpr int sums() {
-        return unit_sums(min_blocks<M>());
+        int widest = 0;
+        for (const int channels : CHANNELS) widest = channels > widest ? channels : widest;
+        return unit_sums(min_blocks<M>(), widest);
     }
     static constexpr int channels(int layer) { return CHANNELS[layer]; }
 };

@@ -71,6 +71,10 @@ DEVICE void for_pixels(Warp warp, const Problem& p, const Region& region, F f) {
     }
 }
 
+DEVICE uint4 keep_if(bool keep, uint4 piece) {
+    return uint4{keep ? piece.x : 0u, keep ? piece.y : 0u, keep ? piece.z : 0u, keep ? piece.w : 0u};
+}
+
 // Up to CLASSES = 8, 16 or 24 classes: one pass, the logits of a pixel in registers.
 template <class M, int CLASSES>
 DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
@@ -79,9 +83,9 @@ DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
     PixelSums sums;
     begin(warp, sums);
     for_pixels(warp, p, region, [&](int lane, int i, int row, int column, int y, int x) {
-        const std::int64_t at = is_inside(p, y, x) ? pixel_offset(p.logits, tile.n, y, x) : 0;
+        const std::int64_t at = pixel_offset(p.logits, tile.n, y, x);
         Logits<M, CLASSES> logits;
-        logits.load(p, at);  // before it is known whether the pixel is void
+        logits.load(p, at, is_inside(p, y, x));  // before it is known whether the pixel is void
         const Label label = read_label(p, tile.n, y, x);
         const bool valid = label.value < p.classes;
         warp.store<std::uint16_t>(p.shared.labels + 2 * i, static_cast<std::uint16_t>(label.value));
@@ -104,22 +108,24 @@ DEVICE void softmax_phase(Warp warp, const Problem& p, const Tile& tile) {
         float total = 0;
 #pragma unroll
         for (int c = 0; c < CLASSES; ++c) {
-            z[c] = M::exp(z[c] - highest);
+            z[c] = M::exp(z[c], highest);
             total += z[c];
         }
         const float inverse = 1.f / total;
         if (valid) {
-            own = read_logit<M, CLASSES>(p, at, label.value) - highest;
+            own = read_logit<M, CLASSES>(p, at, label.value);
             const float log_total = logarithm(total);
-            ce = cross_entropy(p, class_weight(p, label.value), own - log_total, all - weights * log_total);
-            own = M::exp(own) * inverse - 1.f;
+            ce = cross_entropy(p, class_weight(p, label.value), own - highest - log_total,
+                               all - weights * log_total);
+            own = M::exp(own, highest) * inverse - 1.f;
         }
 #pragma unroll
-        for (int c = 0; c < CLASSES; ++c) z[c] = valid ? z[c] * inverse : 0.f;
+        for (int c = 0; c < CLASSES; ++c) z[c] *= inverse;
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            warp.store<uint4>(piece_address<PIECES>(p.shared.input, i - column, column, piece),
-                              M::pack_piece([&](int k) { return z[piece * M::CHANNELS + k]; }));
+            warp.store<uint4>(
+                piece_address<PIECES>(p.shared.input, i - column, column, piece),
+                keep_if(valid, M::pack_piece([&](int k) { return z[piece * M::CHANNELS + k]; })));
         if (valid)  // p - q of the label, where q is 1
             M::store_one(
                 warp,
@@ -156,7 +162,7 @@ DEVICE void log_sum_phase(Warp warp, const Problem& p, const Tile& tile) {
                     all += class_weight(p, c) * shifted;
                     weights += class_weight(p, c);
                 }
-                total += M::exp(shifted);
+                total += M::exp(shifted, 0);
             }
             const float log_total = logarithm(total);
             ce = cross_entropy(p, class_weight(p, label.value), own - log_total, all - weights * log_total);
@@ -177,20 +183,18 @@ DEVICE void chunk_phase(Warp warp, const Problem& p, const Tile& tile, int first
         const float2 sums = warp.load<float2>(p.shared.log_sums + 8 * i);
         const bool valid = label < p.classes;
         const float inverse = 1.f / sums.y;
-        const typename M::Raw* from = raw_at<M>(
-            p.logits, valid ? pixel_offset(p.logits, tile.n, y, x) + first * p.logits.stride[1] : 0);
+        const typename M::Raw* from =
+            raw_at<M>(p.logits, pixel_offset(p.logits, tile.n, y, x) + first * p.logits.stride[1]);
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) {
             typename M::Raw raw[M::CHANNELS];
 #pragma unroll
-            for (int k = 0; k < M::CHANNELS; ++k) {
-                raw[k] = load_constant(from);
-                from += valid && first + piece * M::CHANNELS + k + 1 < p.classes ? p.logits.stride[1] : 0;
-            }
+            for (int k = 0; k < M::CHANNELS; ++k, from += p.logits.stride[1])
+                raw[k] = load_constant_if(valid && first + piece * M::CHANNELS + k < p.classes, from);
             warp.store<uint4>(
                 piece_address<PIECES>(p.shared.input, i - column, column, piece), M::pack_piece([&](int k) {
                     const int c = first + piece * M::CHANNELS + k;
-                    const float s = M::exp(M::from_raw(is_bfloat(p.logits), raw[k]) - sums.x) * inverse;
+                    const float s = M::exp(M::from_raw(is_bfloat(p.logits), raw[k]), sums.x) * inverse;
                     return valid && c < p.classes ? s - (c == label ? 1.f : 0.f) : 0.f;
                 }));
         }

@@ -210,10 +210,11 @@ inline float to_tf32(float value) {
 
 inline float magnitude(float x) { return std::fabs(x); }
 inline float larger(float x, float y) { return std::fmax(x, y); }
+inline float smaller(float x, float y) { return std::fmin(x, y); }
 inline std::uint32_t shift_in_sign(std::uint32_t word, float x) { return word << 1 | float_bits(x) >> 31; }
 
 inline float exponential(float x) { return std::exp(x); }
-inline float quick_exponential(float x) { return std::exp(x); }
+inline float quick_power_of_2(float x) { return std::exp2(x); }
 inline float logarithm(float x) { return std::log(x); }
 inline float not_a_number() { return bits_float(0x7fc00000u); }
 
@@ -224,6 +225,11 @@ template <class T>
 T load_constant(const T* at) {
     check_device_read(reinterpret_cast<std::uintptr_t>(at), sizeof(T));
     return *at;
+}
+
+template <class T>
+T load_constant_if(bool wanted, const T* at) {
+    return wanted ? load_constant(at) : T(0);
 }
 
 void load_matrices(Warp warp, Lanes<std::uint32_t> (&r)[4], const Lanes<int>& address);
