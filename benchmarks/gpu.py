@@ -2,9 +2,9 @@
 
 The sources are laid out under build/gpu/tree as an install would lay them out (`kernels/` as `semeda_fast.kernels`),
 so no pip, no network and no environment are needed: any Python that has torch will do. Then, each with a share of
-the time that is left: the tests (`gpu_tests.py`), the benchmarks (`gpu_bench.py`), the layers (`gpu_layers.py`);
-at last the report (`gpu_report.py`). What does not fit is left out and named. This module imports the
-standard library alone, so that it can say what is missing where nothing else works.
+the time that is left: the tests (`gpu_tests.py`), the benchmarks (`gpu_bench.py`), the layers (`gpu_layers.py`), the
+CUDA kernels' tiles (`gpu_tiles.py`); at last the report (`gpu_report.py`). What does not fit is left out and named.
+This module imports the standard library alone, so that it can say what is missing where nothing else works.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORK = Path("build", "gpu")
 BUILD_LOG = "build.log"
 SESSION = "session.json"
 # Parts of the time left; what a phase does not use goes to those after it.
-SHARES = {"tests": 45.0, "bench": 41.0, "layers": 14.0}
+SHARES = {"tests": 45.0, "bench": 33.0, "layers": 10.0, "tiles": 12.0}
 PHASES = (*SHARES, "report")
 LIMIT = 520.0  # seconds; 9 minutes less what starting and stopping processes takes
 BUILD_LIMIT = 180.0  # objects that are done are kept, so a call after one that was cut off goes on from them
@@ -333,7 +333,7 @@ def module(name: str) -> list[str]:
 
 
 def measure_command(name: str, output: Path, limit: float, plans: str) -> list[str]:
-    """The command of the phases "bench" and "layers"."""
+    """The command of the phases "bench", "layers" and "tiles"."""
     command = [*module(f"gpu_{name}"), "--output", str(output), "--limit", f"{limit:.0f}"]
     return [*command, "--plans", plans] if plans and name == "bench" else command
 

@@ -1,5 +1,6 @@
-"""gpu.md of a folder that `make gpu` filled: from session.json, tests.json, results.json and layers.json, as far as
-they are there. `python -m benchmarks.gpu_report DIR` writes it anew; files of split calls may be put into one folder.
+"""gpu.md of a folder that `make gpu` filled: from session.json, tests.json, results.json, layers.json and tiles.json,
+as far as they are there. `python -m benchmarks.gpu_report DIR` writes it anew; files of split calls may be put into
+one folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from semeda_fast.files import atomic_path
 
-from . import gpu_layers, gpu_tests, runner, tables
+from . import gpu_layers, gpu_tests, gpu_tiles, runner, tables
 from .gpu import SESSION
 from .runner import Run
 from .tables import BASELINE_FAMILIES, Record, markdown, number, ratio_text
@@ -30,19 +31,19 @@ def write_report(folder: Path) -> Path:
         FileNotFoundError: the folder holds none of the files.
         ValueError: one of them is not what its name says.
     """
-    session, tests, layers = (_load(folder / name) for name in (SESSION, gpu_tests.RESULTS, gpu_layers.RESULTS))
+    names = (SESSION, gpu_tests.RESULTS, gpu_layers.RESULTS, gpu_tiles.RESULTS)
+    loaded = [_load(folder / name) for name in names]
+    session, tests, layers, tiles = loaded
     run = runner.load_run(folder) if (folder / runner.RESULTS).is_file() else None
-    if session is None and tests is None and layers is None and run is None:
-        raise FileNotFoundError(
-            f"{folder} holds none of {SESSION}, {gpu_tests.RESULTS}, {runner.RESULTS}, {gpu_layers.RESULTS}; "
-            "run make gpu first"
-        )
-    machines = [part["machine"] for part in (session, tests, layers) if part] + ([run.machine] if run else [])
-    names = list(dict.fromkeys(str(facts.get("gpu")) for facts in machines))
-    if len(names) > 1:
-        raise ValueError(f"{folder} holds results of different devices: {', '.join(names)}; keep a folder for each")
-    parts = [f"# semeda_fast on {names[0]}\n"]
-    parts += [_machine(machines), _phases(session), _tests(tests), *_bench(run), _layers(layers), _how()]
+    if run is None and not any(loaded):
+        raise FileNotFoundError(f"{folder} holds none of {', '.join((*names, runner.RESULTS))}; run make gpu first")
+    machines = [part["machine"] for part in loaded if part] + ([run.machine] if run else [])
+    gpus = list(dict.fromkeys(str(facts.get("gpu")) for facts in machines))
+    if len(gpus) > 1:
+        raise ValueError(f"{folder} holds results of different devices: {', '.join(gpus)}; keep a folder for each")
+    parts = [f"# semeda_fast on {gpus[0]}\n"]
+    parts += [_machine(machines), _phases(session), _tests(tests), *_bench(run), _layers(layers)]
+    parts += [_backends(tiles), _tiles(tiles), _how()]
     path = folder / REPORT
     with atomic_path(path, overwrite=True) as temporary:
         temporary.write_text("\n".join(part for part in parts if part), encoding="utf-8")
@@ -258,6 +259,103 @@ def layer_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _backends(tiles: dict[str, Any] | None) -> str:
+    if tiles is None:
+        return ""
+    records = tiles["comparisons"]
+    timed = [record["queued"]["gain"][1] for record in records if "queued" in record]
+    faster = sum(gain > 1 for gain in timed)
+    parts = [
+        "## cuda against triton\n",
+        "This table decides which of the two `auto` prefers: the order in semeda_fast/backends.py. Forward and "
+        "backward of the loss; above 1 cuda is faster. "
+        f"With launches queued it was in {faster} of {len(timed)} workloads.\n",
+        markdown(*backend_table(records)),
+    ]
+    return "\n".join(parts)
+
+
+def backend_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Rows of workloads: both backends' times and their ratio, for an idle device and for launches queued ahead."""
+    header = ["workload"]
+    for measure in gpu_tiles.MEASURES:
+        header += [f"{measure}: {name}, ms [quartiles]" for name in gpu_tiles.BACKENDS]
+        header.append(f"{measure}: triton / cuda [quartiles]")
+    rows = []
+    for record in records:
+        row = [record["case"]]
+        for measure in gpu_tiles.MEASURES:
+            found = record.get(measure)
+            row += [_spread(found["seconds"]), _spread(found["triton"]), _gain(found)] if found else ["", "", ""]
+        if record["status"] != "ok":
+            row[1] = tables.verdict(record)
+        rows.append(row)
+    return header, rows
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    """Of quartiles, as `_milliseconds` of samples."""
+    q1, median, q3 = (number(1000 * value) for value in seconds)
+    return f"{median} [{q1}, {q3}]"
+
+
+def _gain(found: Record) -> str:
+    q1, median, q3 = found["gain"]
+    return ratio_text(Ratio(median, q1, q3))
+
+
+def _tiles(tiles: dict[str, Any] | None) -> str:
+    if tiles is None:
+        return ""
+    parts = ["## Tiles of the CUDA kernels\n"]
+    records = tiles["tiles"]
+    timed = {f"{record['direction']} of {record['case']}": found for record in records if (found := _best(record))}
+    if timed:
+        worst = max(timed, key=lambda name: timed[name]["gain"][1])
+        share = 100 * (timed[worst]["gain"][1] - 1)
+        parts.append(f"The planner's choice is within {share:.1f} % of the best; furthest off: {worst}.\n")
+    labels = [record["labels"] for record in records if "labels" in record]
+    if labels:
+        shares = [f"{100 * choose(found['edge_share'] for found in labels):.1f}" for choose in (min, max)]
+        parts.append(f"Labels: {labels[0]['source']}; {' to '.join(shares)} % of the pixels lie at an edge.\n")
+    parts.append(markdown(*tile_table(records)) if records else "")
+    for record in records:
+        for tile in record.get("tiles", ()):
+            if tile["status"] in ("wrong", "failed"):
+                where = f"{record['direction']} of {record['case']}, tile {tile['tile']}"
+                parts.append(f"* {where}: {tables.verdict(tile)}")
+    return "\n".join([*parts, *(f"* {note}" for note in tiles["notes"])]) + "\n"
+
+
+def _best(record: Record) -> Record | None:
+    return next(iter(gpu_tiles.ranked(record)), None)
+
+
+def tile_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Rows of directions: the planner's tile, the best found, their ratio, the five fastest, how many were timed."""
+    header = ["workload", "direction", "planner's choice", "ms [quartiles]", "best found", "ms [quartiles]"]
+    header += [
+        "planner's / best [quartiles]",
+        f"the {gpu_tiles.TOP} fastest, planner's / each",
+        "tiles timed of fitting",
+    ]
+    rows = []
+    for record in records:
+        row = [record["case"], record["direction"]]
+        best = _best(record)
+        if best is None:
+            rows.append([*row, tables.verdict(record) if "reason" in record else "not timed", *[""] * 6])
+            continue
+        planned, tiles = record["tiles"][0], record["tiles"]
+        fastest = gpu_tiles.ranked(record)[: gpu_tiles.TOP]
+        done = sum(tile["status"] == "ok" for tile in tiles)
+        row += [planned["tile"], _spread(planned["seconds"]), best["tile"], _spread(best["seconds"]), _gain(best)]
+        row.append(", ".join(f"{tile['tile']} {number(tile['gain'][1])}x" for tile in fastest))
+        note = f"; {tables.verdict(record)}" if record["status"] != "ok" else ""
+        rows.append([*row, f"{done} of {len(tiles)}{note}"])
+    return header, rows
+
+
 def _how() -> str:
     return """## How it was measured
 
@@ -271,6 +369,10 @@ def _how() -> str:
 * Layers: GB/s count each operand of that contender once, TFLOP/s the dense convolution. cuDNN is a bare convolution
   with bias (dgrad: without), which does less than the other two; the compiled epilogue writes a byte of codes a
   feature, ours packs 2 to 3 bits.
+* cuda against triton, and tiles: launches queued ahead unless it says idle; medians with quartiles, and quartiles of
+  the ratio of the two times of one round. The two backends had to agree with each other before. A tile is rows x width
+  of its hidden rows. A direction's time holds the packing of weights and the final sums. A tile's results had to equal
+  those of the planner's before it was timed; the fastest were timed once more, together.
 * results.json holds every sample: `python -m benchmarks report DIR` draws it, `compare` sets two runs side by side.
 """
 

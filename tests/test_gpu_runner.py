@@ -66,15 +66,16 @@ def test_slow(number): time.sleep(max(0, float(os.environ["SEMEDA_FAST_GPU_DEADL
 
 def test_phases_are_chosen_and_keep_their_order(capsys: pytest.CaptureFixture[str]) -> None:
     parse = gpu.parser().parse_args
-    assert gpu.chosen_phases(parse([]).only) == ["tests", "bench", "layers", "report"]
+    assert gpu.chosen_phases(parse([]).only) == ["tests", "bench", "layers", "tiles", "report"]
     assert gpu.chosen_phases(parse(["--only", "tests"]).only) == ["tests", "report"]
     assert gpu.chosen_phases(parse(["--only", "layers,bench"]).only) == ["bench", "layers", "report"]
     assert gpu.chosen_phases(parse(["--only", "layers", "--only", "tests"]).only) == ["tests", "layers", "report"]
+    assert gpu.chosen_phases(parse(["--only", "tiles"]).only) == ["tiles", "report"]
     for bad in (["--only", "test"], ["--limit", "0"], ["--jobs", "0"]):
         with pytest.raises(SystemExit) as caught:
             gpu.main(bad)
         assert caught.value.code == 2
-    assert "'test' is no phase; expected some of tests, bench, layers, report" in capsys.readouterr().err
+    assert "'test' is no phase; expected some of tests, bench, layers, tiles, report" in capsys.readouterr().err
 
 
 def test_the_shares_never_exceed_the_limit_and_pass_on_what_is_left() -> None:
@@ -121,7 +122,11 @@ def test_the_list_holds_commands_that_can_be_run(tmp_path: Path, capsys: pytest.
     commands = [shlex.split(line[line.index(sys.executable) :]) for line in text.splitlines() if sys.executable in line]
     tests = [command for command in commands if command[2] == "pytest"]
     others = {command[2]: command[3:] for command in commands if command[2] != "pytest"}
-    assert set(others) == {"benchmarks.gpu_bench", "benchmarks.gpu_layers", "benchmarks.gpu_report"}
+    assert set(others) == {f"benchmarks.gpu_{name}" for name in ("bench", "layers", "tiles", "report")}
+    for name in ("layers", "tiles"):
+        *words, limit = others[f"benchmarks.gpu_{name}"]
+        assert words == ["--output", str(tmp_path), "--limit"]
+        assert float(limit) > 45
     for name in others:
         assert importlib.util.find_spec(name) is not None
     parsed = gpu_bench.parser().parse_args(others["benchmarks.gpu_bench"])
@@ -508,7 +513,7 @@ def test_the_layer_table_has_rates() -> None:
 
 def test_an_empty_folder_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_report.main([str(tmp_path)]) == 2
-    assert "holds none of session.json, tests.json, results.json, layers.json" in capsys.readouterr().err
+    assert "holds none of session.json, tests.json, layers.json, tiles.json, results.json" in capsys.readouterr().err
     (tmp_path / gpu_tests.RESULTS).write_text("[]")
     assert gpu_report.main([str(tmp_path)]) == 2
     assert "is no result of make gpu" in capsys.readouterr().err
