@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 PIECE = 16  # bytes
 PRODUCT_ROWS = 16  # pixels
@@ -47,7 +48,7 @@ def row_products(channels: int) -> int:
 
 def layer_products(channels: Sequence[int]) -> list[int]:
     """Products of each layer for 16 pixels; channels are C, K_1, ..., K_L."""
-    return [3 * row_products(before) * pieces(out) for before, out in zip(channels, channels[1:], strict=False)]
+    return [3 * row_products(before) * pieces(out) for before, out in pairwise(channels)]
 
 
 def weight_bytes(channels: Sequence[int]) -> int:

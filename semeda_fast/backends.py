@@ -221,7 +221,8 @@ def backend_info() -> BackendInfo:
 
 register(Backend("reference", reference.loss_terms))
 register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True, checks_labels=True))
-# Before "triton", so that "auto" takes that where both can: no table of measurements says yet that "cuda" is faster.
+# Before "triton", so that "auto" takes that where both can, until the table "cuda against triton" of `make gpu`
+# (benchmarks/gpu_tiles.py) says that "cuda" is faster.
 register(
     Backend(
         "cuda",

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from semeda_fast import SemedaLoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command_line
-from benchmarks import compare, plans, report, runner, tables
+from benchmarks import compare, plans, report, runner, tables, worker
 from benchmarks.contenders import contenders
 from benchmarks.plans import Case, Plan
 from benchmarks.runner import Run
@@ -304,6 +307,18 @@ def test_a_worker_that_fails_is_a_failed_plan_and_not_the_end(tmp_path: Path) ->
     runner.run_plans([Plan("bad", (case,)), Plan("empty", ())], run, tmp_path)
     assert [plan["state"] for plan in run.plans] == ["failed", "done"]
     assert not run.complete
+
+
+def test_what_a_fused_backend_leaves_to_others_is_skipped_and_no_failure() -> None:
+    criterion = SemedaLoss(num_classes=2, backend="cpu")
+    with pytest.raises(ValueError, match="cannot do this") as refused:
+        criterion(torch.zeros((1, 2, 3, 3), dtype=torch.float64), torch.zeros((1, 3, 3), dtype=torch.int64))
+    ours, plain = contenders()["cpu"], contenders()["reference"]
+    left = worker._failure(ours, refused.value)
+    assert left["status"] == "skipped"
+    assert "the logits are float64" in left["reason"]
+    assert worker._failure(plain, refused.value)["status"] == "failed"
+    assert worker._failure(ours, ValueError("anything else"))["status"] == "failed"
 
 
 def run_pytest(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
