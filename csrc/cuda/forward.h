@@ -214,7 +214,7 @@ DEVICE void finish_unit(Warp warp, const Problem& p, const Tile& tile, const Lay
                             aq[i] = larger(q, 0);
                             // relu(q + d) - relu(q), which is d itself where both are positive
                             b[i] = larger(distance, -q) + smaller(q, 0);
-                            on = shift_in_sign(on, -q - distance);
+                            on = shift_in_sign(on, 0 - (q + distance));
                             if (p.post) distance = b[i];
                         }
                         sum += magnitude(distance);

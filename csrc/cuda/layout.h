@@ -37,13 +37,13 @@ constexpr int packed_words(int in, int out, int per_piece) {
 }
 
 // Sums of 16 pixels x 8 channels that a warp keeps in registers at once, and as many again for the target's
-// branch. Two blocks on a multiprocessor leave 128 registers a thread; 12 and 16 are what 255 hold without
-// spilling.
-constexpr int unit_sums(int min_blocks, int widest) { return min_blocks > 1 ? 8 : widest > 32 ? 16 : 12; }
+// branch. Two blocks on a multiprocessor leave 128 registers a thread, one leaves 255.
+constexpr int unit_sums(int min_blocks) { return min_blocks > 1 ? 8 : 12; }
 
-// Rows of 16 pixels of a warp's unit of work, for so many tiles of 8 output channels.
+// Rows of 16 pixels of a warp's unit of work, for so many tiles of 8 output channels: two at least, since
+// each row of pixels is loaded for three rows of the kernel.
 constexpr int unit_rows(int out_tiles, int sums) {
-    return sums / out_tiles > 4 ? 4 : sums / out_tiles < 1 ? 1 : sums / out_tiles;
+    return sums / out_tiles > 4 ? 4 : sums / out_tiles < 2 ? 2 : sums / out_tiles;
 }
 
 // What forward keeps for backward; codes.h.

@@ -56,10 +56,7 @@ struct Shape {
 
 int round_up(int bytes) { return divide_up(bytes, PIECE) * PIECE; }
 
-int unit_rows_of(const Shape& s, int out_tiles) {
-    const int widest = *std::max_element(s.proxy->channels, s.proxy->channels + s.layers);
-    return unit_rows(out_tiles, unit_sums(s.min_blocks(), widest));
-}
+int unit_rows_of(const Shape& s, int out_tiles) { return unit_rows(out_tiles, unit_sums(s.min_blocks())); }
 
 struct Candidate {
     Tiling tiling;

@@ -18,9 +18,7 @@ struct Proxy {
     }
     template <class M>
     static constexpr int sums() {
-        int widest = 0;
-        for (const int channels : CHANNELS) widest = channels > widest ? channels : widest;
-        return unit_sums(min_blocks<M>(), widest);
+        return unit_sums(min_blocks<M>());
     }
     static constexpr int channels(int layer) { return CHANNELS[layer]; }
 };

@@ -55,7 +55,7 @@ DEVICE bool is_mixed(const Block& block, const Problem& p) {
         low = l < low ? l : low;
         high = h > high ? h : high;
     }
-    return low != high || high > p.classes;
+    return low != high;  // the outside has a label of its own
 }
 
 // Of the input region, one pixel after the other: f(lane, pixel in the region, row, column, y, x).

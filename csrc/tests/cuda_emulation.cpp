@@ -126,8 +126,13 @@ DeviceFacts facts() {
             static_cast<int>(emulation.shared_per_multiprocessor)};
 }
 
+// What a test asks for by option; force_tile of the module stays as it is where none does.
 void choose_tile() {
-    force_tile(static_cast<int>(emulation.tile_rows), static_cast<int>(emulation.tile_width));
+    static bool chosen = false;
+    const bool wanted = emulation.tile_rows != 0 || emulation.tile_width != 0;
+    if (wanted || chosen)
+        force_tile(static_cast<int>(emulation.tile_rows), static_cast<int>(emulation.tile_width));
+    chosen = wanted;
 }
 
 Launch launch_of(const LossParams& params, bool backward, void* workspace) {
@@ -149,14 +154,14 @@ void run_blocks(int kernel, int count, int bytes, F f) {
 
 template <class P, class M>
 void run_main(const Launch& launch, bool backward) {
-    run_blocks(1, launch.blocks, launch.problem.shared.bytes, [&](Block& block) {
+    run_blocks(backward ? 4 : 1, launch.blocks, launch.problem.shared.bytes, [&](Block& block) {
         backward ? backward_block<P, M>(block, launch.problem) : forward_block<P, M>(block, launch.problem);
     });
 }
 
 template <class M>
-void run_prepare(const Launch& launch) {
-    run_blocks(0, launch.prepare_blocks, TABLE_BYTES,
+void run_prepare(const Launch& launch, bool backward) {
+    run_blocks(backward ? 3 : 0, launch.prepare_blocks, TABLE_BYTES,
                [&](Block& block) { prepare_block<M>(block, launch.problem, launch.preparation); });
 }
 
@@ -172,7 +177,7 @@ void note(const Launch& launch) {
 
 // Seeded faults are compiled one by one, and need no more than this to show.
 #ifdef SEMEDA_FAST_EMULATE_DEFAULT_HALF
-void run_prepare(const Launch& launch) { run_prepare<Half>(launch); }
+void run_prepare(const Launch& launch, bool backward) { run_prepare<Half>(launch, backward); }
 
 void run_main(const Launch& launch, bool backward) {
     if (launch.proxy != ProxyKind::standard || !launch.half)
@@ -180,8 +185,8 @@ void run_main(const Launch& launch, bool backward) {
     run_main<DefaultProxy, Half>(launch, backward);
 }
 #else
-void run_prepare(const Launch& launch) {
-    launch.half ? run_prepare<Half>(launch) : run_prepare<Tf32x3>(launch);
+void run_prepare(const Launch& launch, bool backward) {
+    launch.half ? run_prepare<Half>(launch, backward) : run_prepare<Tf32x3>(launch, backward);
 }
 
 void run_main(const Launch& launch, bool backward) {
@@ -206,7 +211,7 @@ void run_main(const Launch& launch, bool backward) {
 void run(const Launch& launch, bool backward) {
     emulation.race.clear();
     note(launch);
-    run_prepare(launch);
+    run_prepare(launch, backward);
     run_main(launch, backward);
     if (!backward) run_blocks(2, 1, FINISH_BYTES, [&](Block& block) { finish_block(block, launch.problem); });
     if (!emulation.race.empty()) throw std::runtime_error("a race: " + emulation.race);
