@@ -47,9 +47,9 @@ LEAST_REGISTERS = 16  # fewer: the compiler has proved that the kernel does noth
 SLACK = 8  # registers by which a kernel may grow
 # Architecture -> launches that `--quick` compiles: half precision on sm_90; elsewhere what needs the most.
 QUICK = {
-    90: r"^(default|wide)/|^default-fp32/.*(layer|logits)",
-    80: r"^wide(-fp32)?/.*(layer|logits)|^classes-64/.*logits|^default/.*(06|logits)",
-    100: r"^(default|wide)/.*(layer|logits)|^wide-fp32/.*bwd|^classes-256-fp32/.*logits",
+    90: r"^default/|^wide/.*(layer|logits)",
+    80: r"^wide-fp32/.*(layer|logits)|^classes-64/.*logits",
+    100: r"^wide/.*(layer|logits)|^classes-256-fp32/.*logits",
 }
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",

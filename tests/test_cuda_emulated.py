@@ -17,11 +17,17 @@ from semeda_fast import backends, cuda_ops
 pytest.importorskip("pybind11")
 HERE = Path(__file__).resolve().parent
 needs_compiler = pytest.mark.skipif(not cuda_emulated.find_compiler(), reason="there is no C++ compiler")
+# Without pybind11's headers, which take seconds to compile.
 BINDINGS = """
-#include <pybind11/pybind11.h>
+#include <Python.h>
 #include "../number.h"
+#define JOIN(a, b) a##b
+#define NAMED(name) JOIN(PyInit_, name)
 int number();
-PYBIND11_MODULE(SEMEDA_FAST_CUDA_MODULE, module) { module.def("number", [] { return NUMBER + number(); }); }
+static PyObject* get(PyObject*, PyObject*) { return PyLong_FromLong(NUMBER + number()); }
+static PyMethodDef methods[] = {{"number", get, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "numbers", "", -1, methods};
+PyMODINIT_FUNC NAMED(SEMEDA_FAST_CUDA_MODULE)() { return PyModule_Create(&definition); }
 """
 
 

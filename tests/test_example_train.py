@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ import runfiles  # noqa: E402
 import train  # noqa: E402
 import unet  # noqa: E402
 
-from semeda_fast import EdgeProxy  # noqa: E402
+from semeda_fast import EdgeProxy, backends  # noqa: E402
 
 STEPS_PER_EPOCH, EPOCHS = 6, 3
 TOTAL = STEPS_PER_EPOCH * EPOCHS
@@ -498,7 +499,12 @@ def test_wrong_options(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     at = alone.index("--val-masks")
     assert "--val-masks" in refused(alone[:at] + alone[at + 2 :], capsys)
     assert "fp16" in refused(arguments(scenes, output, "--mixed-precision", "fp16"), capsys)
-    assert "cuda" in refused(arguments(scenes, output, "--backend", "cuda"), capsys).lower()
+    missing = dataclasses.replace(backends.get("cpu"), name="missing", why_unavailable=lambda: "nobody built it")
+    backends.register(missing)
+    try:
+        assert "nobody built it" in refused(arguments(scenes, output, "--backend", "missing"), capsys)
+    finally:
+        backends.unregister("missing")
     assert not output.exists()
 
 
