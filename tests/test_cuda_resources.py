@@ -87,7 +87,7 @@ def built_module() -> Path:
     """The module of the install, where it is as new as the sources; else the test is skipped."""
     found = importlib.util.find_spec("semeda_fast._C_cuda")
     if found is None or not found.origin:
-        pytest.skip("semeda_fast._C_cuda is not built here; an install with nvcc builds it")
+        pytest.skip("semeda_fast._C_cuda is not built here; `make test CUDA_ARCHS=90` builds it, where there is nvcc")
     module = Path(found.origin)
     sources = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.c*")]
     newer = [path.name for path in sources if path.stat().st_mtime > module.stat().st_mtime]
@@ -112,6 +112,20 @@ def test_the_built_module_is_as_the_table_says(stored: resources.Table) -> None:
     assert resources.worse(known, stored["kernels"], False, release == stored["nvcc"]) == []
     if cuda_plan.find_compiler():
         assert resources.plan_launches(known)[1] == []
+
+
+def test_the_kernels_of_the_default_proxy_compile_as_the_table_says() -> None:
+    """In every run where there is nvcc; `make test` builds no more of the kernels without a GPU."""
+    try:
+        resources.nvcc.find_nvcc()
+    except resources.nvcc.CudaBuildError as error:
+        pytest.skip(f"no CUDA toolkit: {error}")
+    command = [sys.executable, str(SCRIPT), "--quick", "--jobs", "1", "--check", str(STORED)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert re.search(r"^2 compiled, \d+ planned, 0 problems$", found.stdout, re.MULTILINE), found.stdout
+    for kernel in ("forward default half", "backward default half"):
+        assert kernel in found.stdout
 
 
 @pytest.mark.skipif(not FULL, reason="minutes; SEMEDA_FAST_AOT=full asks for it")

@@ -25,12 +25,14 @@ cudaError_t launch_forward_half(const Launch& launch, cudaStream_t stream) {
     switch (launch.proxy) {
         case ProxyKind::standard:
             return run<DefaultProxy>(launch, stream);
+#ifndef SEMEDA_FAST_CUDA_DEFAULT_PROXY_ONLY  // a quick look at what the compiler makes of it
         case ProxyKind::four_layer:
             return run<FourLayerProxy>(launch, stream);
         case ProxyKind::wide:
             return run<WideProxy>(launch, stream);
         case ProxyKind::deep:
             return run<DeepProxy>(launch, stream);
+#endif
         default:
             return cudaErrorInvalidValue;
     }

@@ -2,7 +2,7 @@
 
     python csrc/tests/cuda_resources.py                      # a table of all kernels and launches; minutes
     python csrc/tests/cuda_resources.py --check FILE.json    # exit code 1 where something is wrong, or worse than there
-    python csrc/tests/cuda_resources.py --quick --check ...  # of sm_90 alone
+    python csrc/tests/cuda_resources.py --quick --check ...  # the default proxy in half precision on sm_90
     python csrc/tests/cuda_resources.py --launches ...       # compile no kernel: plans alone, registers as in FILE
     python csrc/tests/cuda_resources.py --module semeda_fast/_C_cuda.so --check ...    # of what is in a built module
     python csrc/tests/cuda_resources.py --write FILE.json
@@ -41,6 +41,7 @@ import nvcc
 
 ARCHITECTURES = cuda_plan.ARCHITECTURES
 QUICK = (90,)
+QUICK_SOURCES, QUICK_OPTION = r"_half$", "-DSEMEDA_FAST_CUDA_DEFAULT_PROXY_ONLY"
 DIRECTIONS = ("forward", "backward")
 TF32_PROXIES = ("default", "four-layer")  # the others are compiled for half precision alone
 KERNELS = (
@@ -186,10 +187,12 @@ def with_instructions(resources: dict[str, Resources], cubin: Path) -> dict[str,
     return found
 
 
-def compile_cubin(toolkit: Any, source: Path, architecture: int, folder: Path) -> dict[str, Resources]:
+def compile_cubin(
+    toolkit: Any, source: Path, architecture: int, folder: Path, extra: Sequence[str] = ()
+) -> dict[str, Resources]:
     """Compile one file for one architecture, with setup.py's options; symbol -> resources."""
     cubin = folder / f"{source.stem}.sm_{architecture}.cubin"
-    options = [*nvcc.compile_options([architecture]), *nvcc.host_compiler()]
+    options = [*nvcc.compile_options([architecture]), *nvcc.host_compiler(), *extra]
     started = time.perf_counter()
     command = [toolkit.nvcc, *options, "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(source)]
     done = run(command)
@@ -197,14 +200,16 @@ def compile_cubin(toolkit: Any, source: Path, architecture: int, folder: Path) -
     return with_instructions(parse_ptxas(done.stdout + done.stderr), cubin)
 
 
-def compile_kernels(toolkit: Any, architectures: Sequence[int], only: str, jobs: int) -> dict[str, Row]:
+def compile_kernels(
+    toolkit: Any, architectures: Sequence[int], only: str, jobs: int, extra: Sequence[str] = ()
+) -> dict[str, Row]:
     """The table's kernels, of all sources whose name matches `only`, compiled side by side."""
     sources = [path for path in (cuda_plan.ROOT / "csrc" / "cuda").glob("*.cu") if re.search(only, path.stem)]
     # The slowest first, so that processors end together.
     sources.sort(key=lambda path: ("forward" not in path.stem, "backward" not in path.stem, "half" not in path.stem))
     work = [(source, architecture) for source in sources for architecture in architectures]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(lambda one: compile_cubin(toolkit, one[0], one[1], Path(folder)), work))
+        found = list(pool.map(lambda one: compile_cubin(toolkit, one[0], one[1], Path(folder), extra), work))
     return as_rows((architecture, one) for (_, architecture), one in zip(work, found, strict=True))
 
 
@@ -336,7 +341,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--write", type=Path, metavar="FILE", help="write the table; an existing one is replaced")
     made.add_argument("--only", default="", metavar="REGEX", help="on names of csrc/cuda/*.cu")
     made.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
-    made.add_argument("--quick", action="store_true", help="only sm_90")
+    made.add_argument("--quick", action="store_true", help="only the default proxy in half precision on sm_90")
     made.add_argument("--launches", action="store_true", help="compile nothing, take registers from the table")
     made.add_argument("--module", type=Path, metavar="FILE", help="compile nothing, read a built module")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
@@ -355,6 +360,8 @@ def compiled(options: argparse.Namespace) -> tuple[dict[str, Row], str]:
             f"nvcc {toolkit.version} does not compile for {', '.join(map(str, unknown))}; name others with --arch, or "
             "take a later toolkit (12.8 has all)"
         )
+    if options.quick:
+        return compile_kernels(toolkit, asked, QUICK_SOURCES, options.jobs, [QUICK_OPTION]), toolkit.version
     return compile_kernels(toolkit, asked, options.only, options.jobs), toolkit.version
 
 
