@@ -43,6 +43,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         size: (H, W) to resize to, or None to keep each file's own size.
         crop: (H, W) of a random crop; smaller images are padded with void.
         augment_seed: seed of flips and crops, or None to read the files as they are.
+        cache: keep what was read (at `size`) in memory, for sets that fit.
 
     Items are asked for as (epoch, index). A wrong label or an unreadable file is an error that names it.
     """
@@ -56,6 +57,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         augment_seed: int | None = None,
+        cache: bool = False,
     ):
         self.pairs = pairs
         self.num_classes = num_classes
@@ -63,6 +65,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         self.size = size
         self.crop = crop
         self.augment_seed = augment_seed
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -79,12 +82,16 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         return to_tensor(image), torch.from_numpy(mask.astype(np.int64))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `index` without augmentation: RGB uint8 [H,W,3] and labels [H,W], at `size`."""
+        """Sample `index` without augmentation: RGB uint8 [H,W,3] and labels [H,W], at `size`. Not to be written to."""
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
         image, mask = read_pair(*self.pairs[index], num_classes=self.num_classes, ignore_index=self.ignore_index)
         if self.size is not None and self.size != image.shape[:2]:
             height, width = self.size
             image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
             mask = _nearest(mask, height, width)
+        if self._kept is not None:
+            self._kept[index] = image, mask
         return image, mask
 
     def _random_crop(
@@ -151,6 +158,7 @@ def make_datasets(args: Namespace) -> tuple[Pairs, Pairs]:
         "num_classes": args.num_classes,
         "ignore_index": args.ignore_index,
         "size": args.size,
+        "cache": args.cache,
     }
     train_set = Pairs(pairs, crop=args.crop, augment_seed=args.seed, **common)
     val_set = Pairs(val_pairs, **common)

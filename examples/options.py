@@ -9,7 +9,7 @@ from typing import Any
 
 # What may differ between the first start and --resume, because it changes no result.
 FREE = {
-    *("class_names", "workers", "output", "resume", "pictures", "traceback"),
+    *("class_names", "workers", "cache", "output", "resume", "pictures", "traceback"),
     *("checkpoint_every", "log_every", "val_every"),
 }
 
@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--class-names", type=lambda text: text.split(","), help="names for the report, with commas between")
     add("--size", type=_size, metavar="HxW", help="resize images and masks to this size")
     add("--crop", type=_size, metavar="HxW", help="train on random crops of this size")
+    add("--cache", action="store_true", help="keep decoded images in memory (each worker its own)")
     add("--workers", type=_at_least(0), default=0, help="processes that load data, per process (0)")
 
     add = parser.add_argument_group("network and loss").add_argument

@@ -256,6 +256,21 @@ def examine(scene: Scene, twice: bool = True, problem: Problem | None = None) ->
     return result
 
 
+def examine_large_activations() -> None:
+    """A first layer whose weights fit fp16 and whose sums do not: saturated, since infinities would make all NaN."""
+    problem = problem_of(Scene(h=12, w=20, labels="noise", machine=SMALL_TILES))
+    first = 9 * problem.config.channels[0] * problem.config.channels[1]
+    flat = problem.flat.clone()
+    flat[:first] *= 6e4 / flat[:first].abs().max()
+    problem = problem._replace(flat=flat)
+    with machine(**SMALL_TILES):
+        result = run(problem)
+    activations = Oracle(problem._replace(logits=problem.logits.float())).layers[0].distance.abs().max()
+    assert float(activations) > 65504, f"the largest activation is {float(activations):.0f}: this shows nothing"
+    for name, found in (("terms", result.terms), ("gradient", result.d_logits)):
+        assert bool(found.isfinite().all()), f"activations above fp16's largest number: {name} not finite"
+
+
 SMALL_TILES = {"tile_rows": 8, "tile_width": 16, "multiprocessors": 2}  # of 8 x 12 pixels in a network of 3 layers
 STAGED = {"shared_per_block": 40 << 10, "shared_per_multiprocessor": 41 << 10}  # weights do not stay
 # What tests/test_cuda_faults.py runs: the default proxy in half precision, by every way through its kernels.
@@ -283,6 +298,11 @@ def main() -> int:
         except (AssertionError, RuntimeError) as error:
             print(f"SEEN in {scene}: {type(error).__name__}: {error}")
             return 1
+    try:
+        examine_large_activations()
+    except (AssertionError, RuntimeError) as error:
+        print(f"SEEN in large activations: {type(error).__name__}: {error}")
+        return 1
     return 0
 
 

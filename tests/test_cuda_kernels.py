@@ -12,7 +12,18 @@ from dataclasses import replace
 import cuda_machine
 import pytest
 import torch
-from cuda_checks import OUTPUT, SCENES, SMALL_TILES, STAGED, Oracle, Scene, decode_of, examine, problem_of
+from cuda_checks import (
+    OUTPUT,
+    SCENES,
+    SMALL_TILES,
+    STAGED,
+    Oracle,
+    Scene,
+    decode_of,
+    examine,
+    examine_large_activations,
+    problem_of,
+)
 from cuda_machine import DEVICES, forward_alone, get_number, last_launch, least_memory, machine, run
 from helpers import VOID, assert_within_budget, make_inputs, make_proxy
 from torch import Tensor
@@ -36,6 +47,10 @@ ONLY_HALF = ("wide", "deep")
 @pytest.mark.parametrize("scene", SCENES, ids=str)
 def test_scenes_of_the_seeded_faults(scene: Scene) -> None:
     examine(scene)
+
+
+def test_activations_above_the_largest_half_are_saturated() -> None:
+    examine_large_activations()
 
 
 def test_little_is_left_out_of_the_codes() -> None:

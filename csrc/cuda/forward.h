@@ -108,7 +108,7 @@ DEVICE void add_columns(Warp warp, Sums<R, NT>& sums, const Problem& p, const Un
 struct Layer {
     int number;  // from 0
     Region region;
-    bool last, with_target;
+    bool with_target;
     bool mixed;  // the tile
 };
 
@@ -289,7 +289,7 @@ DEVICE void store_sums(Warp warp, const Sums<R, NT>& sums, int address) {
 template <class P, class M, int PIECES, bool CHUNKS>
 DEVICE void first_layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixed, Chunk chunk) {
     constexpr int OUT = P::channels(0), NT = OUT / 8, R = unit_rows(NT, P::template sums<M>());
-    const Layer layer = {0, region_of(p.tiling, tile, p.layers - 1), false, true, mixed};
+    const Layer layer = {0, region_of(p.tiling, tile, p.layers - 1), true, mixed};
     const Input input = {p.shared.input, p.tiling.width + 2, layer.region.rows + 2, p.shared.zero};
     const Weights weights = {p.shared.weights[0],
                              p.layer[0].packed + chunk.number * packed_words(CLASS_CHUNK, OUT, M::CHANNELS)};
@@ -327,7 +327,7 @@ DEVICE void layer_phase(Warp warp, const Problem& p, const Tile& tile, bool mixe
     constexpr int IN = P::channels(SHAPE - 1), OUT = P::channels(SHAPE), NT = divide_up(OUT, 8);
     constexpr int R = unit_rows(NT, P::template sums<M>()), PIECES = pieces_of(IN, M::CHANNELS);
     constexpr bool LAST = SHAPE == P::LAYERS - 1;
-    const Layer layer = {i, region_of(p.tiling, tile, p.layers - 1 - i), LAST, !LAST || p.post, mixed};
+    const Layer layer = {i, region_of(p.tiling, tile, p.layers - 1 - i), !LAST || p.post, mixed};
     const Input input = {p.shared.hidden[i - 1], p.tiling.width, layer.region.rows + 2, p.shared.zero};
     const Weights weights = {p.shared.weights[i], nullptr};
     const int across = p.tiling.width / MATRIX_ROWS, units = divide_up(layer.region.rows, R) * across;
