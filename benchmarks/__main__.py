@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, report, compare."""
+"""`python -m benchmarks`: run, report, page, compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import compare, machine, plans, report, runner
+from . import compare, machine, page, plans, report, runner
 from .contenders import contenders, fused_names
 
 DEFAULT_OUTPUT = Path("build") / "bench"
@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure, and write results.json and report.md with plots")
     which = run.add_mutually_exclusive_group()
     which.add_argument("--quick", dest="set", action="store_const", const="quick", help="under 5 minutes (default)")
+    which.add_argument("--steps", dest="set", action="store_const", const="steps", help="whole training steps")
     which.add_argument("--full", dest="set", action="store_const", const="full", help="everything; hours")
     which.add_argument("--smoke", dest="set", action="store_const", const="smoke", help="miniature, to try it out")
     run.set_defaults(set="quick")
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("results", type=Path, help="results.json or its folder")
     again.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: the results' folder")
 
+    commands.add_parser("page", help="tables and plots of docs/results.md anew, from benchmarks/results")
+
     both = commands.add_parser("compare", help="what got faster or slower between two runs, beyond the noise")
     both.add_argument("old", type=Path)
     both.add_argument("new", type=Path)
@@ -61,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "run":
             return _run(options, shlex.join(given))
+        if options.command == "page":
+            print("\n".join(map(str, page.write_page())))
+            return 0
         if options.command == "report":
             results = options.results
             folder = options.output or (results if results.is_dir() else results.parent)

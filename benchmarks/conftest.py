@@ -9,14 +9,17 @@ files and comparisons hold those. With --benchmark-disable each contender is che
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from . import machine, oracle, runner, tables
-from .contenders import NOT_INDUCTOR, contenders
-from .plans import WARMUP, Case, Plan
+from .contenders import NOT_INDUCTOR, Contender, contenders
+from .networks import NETWORKS
+from .plans import WARMUP, Case, Plan, step_case
 from .report import labels_text
+from .steps import Training
 from .suite import Group
 from .workloads import Inputs, make_inputs
 
@@ -44,6 +47,7 @@ class Measurements:
         self.session = session
         self.groups: dict[str, dict[str, tables.Record]] = {}
         self._inputs: dict[str, tuple[Inputs, oracle.Oracle]] = {}
+        self._training: dict[str, tuple[Training, oracle.Oracle]] = {}
 
     def record(self, group: Group, contender: str) -> tables.Record:
         """The result of one contender, with the samples of the run that all of the group took part in."""
@@ -54,7 +58,10 @@ class Measurements:
     def _measure(self, group: Group) -> dict[str, tables.Record]:
         names = tuple(name for name in group.contenders if name in self._selected(group))
         threads, warmup = machine.available_cores(), WARMUP[group.allocator]
-        case = Case("time", group.name, threads, group.workload, names, group.mode, group.budget, warmup)
+        if group.network:
+            case = replace(step_case(group.network, group.workload, threads, group.budget), contenders=names)
+        else:
+            case = Case("time", group.name, threads, group.workload, names, group.mode, group.budget, warmup)
         records, problem = runner.run_worker(Plan(group.name, (case,), group.allocator))
         if problem:
             raise RuntimeError(f"{group.name}: {problem}")
@@ -67,7 +74,12 @@ class Measurements:
         return {str(p["contender"]) for p in params if p.get("group") == group}
 
     def check_miniature(self, group: Group, contender: str) -> oracle.Check:
-        """One call of a contender on a small form of the workload, compared with the reference."""
+        """One call of a contender on a small form of the workload, compared with the reference.
+
+        Of a training step: on the logits of a tiny network, and one step of it.
+        """
+        if group.network:
+            return self._check_tiny_step(group, contenders()[contender])
         small = group.workload.replace(batch=1, height=40, width=40)
         if small.name not in self._inputs:
             inputs = make_inputs(small)
@@ -76,6 +88,19 @@ class Measurements:
         chosen = contenders()[contender]
         function = chosen.make(inputs, NOT_INDUCTOR)
         return oracle.check(function, inputs.leaf(chosen.layout), inputs, truth, chosen.checked_as)
+
+    def _check_tiny_step(self, group: Group, contender: Contender) -> oracle.Check:
+        reason = NETWORKS[group.network].why_not()
+        if reason:
+            pytest.skip(reason)
+        if group.name not in self._training:
+            small = group.workload.replace(batch=2, height=64, width=64)
+            training = Training.of(group.network, small, "cpu", tiny=True)
+            self._training[group.name] = training, oracle.compute_oracle(training.inputs)
+        training, truth = self._training[group.name]
+        function = contender.make(training.inputs, NOT_INDUCTOR)
+        training.step_of(function)()
+        return oracle.check(function, training.leaf(), training.inputs, truth, contender.checked_as)
 
 
 REPLAY = ReplayTimer()
@@ -113,7 +138,9 @@ def replay(measurements: Measurements, benchmark: Any) -> Callable[[Group, str],
 
 def extra_info(record: tables.Record, group: list[tables.Record]) -> dict[str, Any]:
     """What a stored result says beside its times; ratios as [value, low, high] of a 95 % interval."""
-    ratios = {
+    over = tables.overhead(record, group)
+    ratios: dict[str, Any] = {"overhead over cross-entropy alone": [over.value, over.low, over.high]} if over else {}
+    ratios |= {
         f"{tables.BASELINE_FAMILIES[family]} / this": [ratio.value, ratio.low, ratio.high]
         for family, ratio in tables.ratios_of(record, group).items()
     }
@@ -146,8 +173,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for name, records in found.groups.items():
         listed = list(records.values())
         terminalreporter.write_line("")
-        terminalreporter.write_line(f"{name}: {listed[0]['workload_name']}. {labels_text(listed[0]['labels'])}")
+        labels = labels_text(listed[0]["labels"]) if "labels" in listed[0] else ""
+        terminalreporter.write_line(f"{name}: {listed[0]['workload_name']}. {labels}")
         by_allocator = {listed[0]["allocator"]: listed}
-        for header, rows in (tables.time_table(by_allocator), tables.ratio_table(by_allocator)):
+        shown = [tables.time_table(by_allocator), tables.ratio_table(by_allocator)]
+        for header, rows in [tables.step_table(listed)] if listed[0]["kind"] == "step" else shown:
             if rows:
                 terminalreporter.write_line(tables.plain(header, rows))

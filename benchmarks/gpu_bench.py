@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import labels, machine, runner
 from .contenders import fused_names
-from .plans import Case, Plan
+from .plans import Case, Plan, gpu_steps
 from .timing import Budget
 from .workloads import Workload, named
 
@@ -64,6 +64,7 @@ def make_plans(threads: int, fused: Sequence[str], kind: str = "camvid", device:
     cityscapes = named("cityscapes", dtype="bfloat16", labels=kind, batch=4, height=1024, width=1024)
     ade20k = named("ade20k", dtype="bfloat16", labels=kind, batch=8, height=512, width=512)
     exact = ("ce", "reference", "reference_cl", "compiled", "fused")
+    paper, *others = gpu_steps(threads, fused, kind)
     plans = [
         Plan("machine", (Case("peaks", "machine", threads),)),
         Plan("voc-default", (time("headline", voc, HEADLINE, 4.0),)),
@@ -78,6 +79,7 @@ def make_plans(threads: int, fused: Sequence[str], kind: str = "camvid", device:
                 time("workloads", ade20k, SHORT, 2.0),
             ),
         ),
+        paper,
         Plan("memory-wide", (Case("memory", "memory", threads, wide, (*MEMORY, *fused)),)),
         Plan(
             "dtypes",
@@ -87,6 +89,7 @@ def make_plans(threads: int, fused: Sequence[str], kind: str = "camvid", device:
                 time("workloads", voc.replace(proxy="deep"), SHORT, 2.0),
             ),
         ),
+        *others,
     ]
     return [Plan(plan.name, plan.cases, device=device) for plan in plans]
 

@@ -150,6 +150,11 @@ def _bench(run: Run | None) -> list[str]:
         chosen = [record for record in memory if record["workload_name"] == name]
         parts.append(f"### Memory of {name}, as torch's allocator counts it\n")
         parts.append(markdown(*tables.memory_table(chosen)))
+    held = [record for record in run.records if record["kind"] == "step-memory"]
+    for records in tables.groups(run.records, "steps").values():
+        some = records[0]
+        parts.append(f"### A training step of {some['title_network']}, {some['workload_name']}, bf16 autocast\n")
+        parts.append(markdown(*tables.step_table(records, held)))
     peaks = next((r for r in run.records if r["kind"] == "peaks" and r["status"] == "ok"), None)
     if peaks:
         text = f"Peaks found: {peaks['fma_flops'] / 1e12:.3g} TFLOP/s ({peaks['fma_how']}), "

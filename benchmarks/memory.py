@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,16 +64,31 @@ def measure_peak(contender: Contender, inputs: Inputs, compiler: str) -> Peak:
         _step(contender.make(small, compiler), small.leaf(contender.layout), small.target)
     trim()
     base = _status_bytes("VmRSS")
-    _CLEAR_REFS.write_text("5")
-    function(leaf, inputs.target).backward()
-    peak = _status_bytes("VmHWM") - base
+    peak = peak_of(lambda: function(leaf, inputs.target).backward(), "cpu")
     leaf.grad = None
     trim()
     loss = function(leaf, inputs.target)
     trim()
     between = _status_bytes("VmRSS") - base
     del loss
-    return Peak(max(0, peak), gradient, max(0, between))
+    return Peak(peak, gradient, max(0, between))
+
+
+def peak_of(step: Callable[[], None], device: str) -> int:
+    """Bytes that a call needs above what is held before it, at its peak."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - base)
+    trim()
+    base = _status_bytes("VmRSS")
+    _CLEAR_REFS.write_text("5")
+    step()
+    return max(0, _status_bytes("VmHWM") - base)
 
 
 def why_no_peak() -> str:

@@ -1,4 +1,4 @@
-"""What is measured: cases, the plans that group them by process, and the sets smoke, quick and full."""
+"""What is measured: cases, the plans that group them by process, and the sets smoke, quick, steps and full."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .contenders import NOT_INDUCTOR
+from .networks import CPU_NETWORKS, GPU_NETWORKS
 from .timing import MODES, Budget
 from .workloads import DATASETS, DTYPES, HEADLINE, PROXIES, Workload, named, with_classes
 
@@ -24,7 +25,8 @@ EVERYTHING = (
     "compiled_autocast_cl",
     "fused",
 )
-SETS = ("smoke", "quick", "full")
+STEPS = ("ce", "reference", "compiled")  # in training steps; the backends in one layout, that of the network's logits
+SETS = ("smoke", "quick", "steps", "full")
 WARMUP = {"default": 1, "tuned": 4}  # rounds; the tuned heap was seen to grow for up to six calls
 QUICK_LIMIT = 285.0  # seconds; what has not begun by then is left out and named
 
@@ -34,12 +36,14 @@ class Case:
     """One measurement.
 
     Attributes:
-        kind: "time", "memory" or "peaks" (of the machine).
-        suite: "headline", "workloads", "labels", "memory", "machine", or "scaling-" and an axis.
+        kind: "time", "memory", "step" and "step-memory" (of a training step), or "peaks" (of the machine).
+        suite: "headline", "workloads", "labels", "memory", "steps", "machine", or "scaling-" and an axis.
         threads: of this case.
         contenders: names from `contenders.contenders`, or "fused".
         mode: a name from `timing.MODES`.
         warmup: untimed rounds, after the call that checks each contender.
+        network: of a training step, a name from `networks.NETWORKS`.
+        tiny: the network in miniature.
     """
 
     kind: str
@@ -50,11 +54,14 @@ class Case:
     mode: str = "fwdbwd"
     budget: Budget = field(default_factory=lambda: Budget(1.0))
     warmup: int = 2
+    network: str = ""
+    tiny: bool = False
 
     def group(self, plan: Plan) -> str:
         """Names the interleaved run: samples of one group belong together round by round."""
         assert self.workload is not None
-        return f"{self.suite}/{self.workload.name}/{self.mode}/{plan.allocator}/{self.threads} threads"
+        suite = f"{self.suite}/{self.network}" if self.network else self.suite
+        return f"{suite}/{self.workload.name}/{self.mode}/{plan.allocator}/{self.threads} threads"
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,10 @@ def make_plans(which: str, *, device: str, threads: int, fused: Sequence[str], t
     if which not in SETS:
         raise ValueError(f"the set must be one of {', '.join(SETS)}, got {which!r}")
     allocators = ALLOCATORS if tuned and device == "cpu" else ("default",)
-    plans = {"smoke": _smoke, "quick": _quick, "full": _full}[which](threads, allocators, fused)
+    makers = {"smoke": _smoke, "quick": _quick, "steps": _steps, "full": _full}
+    plans = makers[which](threads, allocators, fused)
+    if which in ("steps", "full") and device == "cuda":
+        plans = [plan for plan in plans if not plan.name.startswith("step")] + gpu_steps(threads, fused)
     if device == "cuda":
         plans = [plan for plan in map(_without_threads, plans) if plan.cases]
     return [replace(plan, device=device) for plan in plans]
@@ -150,6 +160,7 @@ def _smoke(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> lis
     cases += [Case("time", "workloads", threads, tiny, (*PLAIN, "fused"), mode, budget) for mode in MODES[:2]]
     plans.append(Plan("workloads", tuple(cases)))
     plans += _memory(threads, tiny, ("ce", "reference"), [name for name in fused if not name.endswith("_cl")])
+    plans.append(Plan("step", (step_case("segformer_b0", tiny.replace(batch=2), threads, budget, tiny=True),)))
     plans.append(
         Plan(
             "scaling",
@@ -189,6 +200,46 @@ def _quick(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> lis
     )
     plans += [Plan(f"scaling-{case.suite[8:]}-{number}", (case,)) for number, case in enumerate(cases)]
     return _merged_scaling(plans)
+
+
+def _steps(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> list[Plan]:
+    """Whole training steps of every network: tens of minutes on a few cores."""
+    plans = []
+    voc, cityscapes = named("voc"), named("cityscapes", batch=2)
+    for workload in (voc, cityscapes):
+        for network in CPU_NETWORKS:
+            # The paper's two settings; the second under one allocator, which is what the difference is not about.
+            for allocator in allocators if workload is voc else allocators[-1:]:
+                case = step_case(network, workload, threads, Budget(45.0, 7, 30))
+                plans.append(Plan(f"step-{network}-{workload.dataset}-{allocator}", (case,), allocator))
+    return plans + _step_memory(CPU_NETWORKS, voc, threads, fused)
+
+
+def gpu_steps(threads: int, fused: Sequence[str], kind: str = "camvid") -> list[Plan]:
+    """The same on a GPU, in bf16 under autocast and at its size, the paper's network first."""
+    plans = []
+    sizes = {"deeplab_resnet101": {"batch": 8, "height": 513, "width": 513}}
+    for network in GPU_NETWORKS:
+        size = sizes.get(network, {"batch": 8})
+        workload = named("voc", dtype="bfloat16", labels=kind, **size)
+        plans.append(Plan(f"step-{network}-voc", (step_case(network, workload, threads, Budget(6.0, 7, 40)),)))
+    deeplab = named("voc", dtype="bfloat16", labels=kind, **sizes["deeplab_resnet101"])
+    return plans + _step_memory(GPU_NETWORKS[:1], deeplab, threads, fused)
+
+
+def step_case(network: str, workload: Workload, threads: int, budget: Budget, tiny: bool = False) -> Case:
+    """The training steps of one network."""
+    return Case("step", "steps", threads, workload, (*STEPS, "fused"), "step", budget, 1, network, tiny)
+
+
+def _step_memory(networks: Sequence[str], workload: Workload, threads: int, fused: Sequence[str]) -> list[Plan]:
+    """One plan, so one process, for each network and contender."""
+    plans = []
+    for network in networks:
+        for name in (*STEPS, *(name for name in fused if not name.endswith("_cl"))):
+            case = Case("step-memory", "steps", threads, workload, (name,), "step", network=network)
+            plans.append(Plan(f"step-memory-{network}-{name}", (case,)))
+    return plans
 
 
 def _merged_scaling(plans: list[Plan]) -> list[Plan]:
@@ -254,7 +305,7 @@ def _full(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> list
             "threads": _threads_scaling(HEADLINE, _thread_counts(threads), point),
         }
         plans += [Plan(f"scaling-{axis}-{allocator}", tuple(c), allocator) for axis, c in cases_of.items()]
-    return plans
+    return plans + _steps(threads, allocators, fused)
 
 
 def _thread_counts(threads: int) -> list[int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from semeda_fast.files import atomic_path
 
-from .tables import Record, median, scaling_value
+from .statistics import Interval
+from .tables import Record, median, overhead, scaling_value
 from .timing import quartiles
 
 COLOURS = {"default": "#4878a8", "tuned": "#c8843c"}
@@ -82,6 +84,55 @@ def draw_memory(records: Sequence[Record], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("MiB above inputs and gradient (peak of one forward + backward)")
     axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def draw_overhead(grouped: Sequence[Sequence[Record]], title: str, path: Path) -> None:
+    """Percent above a step with cross-entropy alone: one group of bars a network, one bar an implementation."""
+    able = [group for group in grouped if any(overhead(record, group) for record in group)]
+    names = list(dict.fromkeys(r["contender"] for group in able for r in group if overhead(r, group)))
+    figure = Figure(figsize=(8, 1.6 + 0.28 * len(able) * (len(names) + 1)), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / max(1, len(names))
+    for number, name in enumerate(names):
+        places, values, errors = [], [], []
+        for row, group in enumerate(able):
+            record = next(record for record in group if record["contender"] == name)
+            found = overhead(record, group)
+            if found is not None:
+                places.append(row + number * height)
+                values.append(100 * found.value)
+                errors.append((100 * max(0.0, found.value - found.low), 100 * max(0.0, found.high - found.value)))
+        bars = axes.barh(places, values, height, xerr=list(zip(*errors, strict=True)), label=name)
+        axes.bar_label(bars, fmt="%+.1f", padding=6, fontsize=8)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(able))], [group[0]["title_network"] for group in able])
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.12)
+    axes.set_xlabel("% above the step with cross-entropy alone (medians, 95 % intervals)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_differences(differences: Mapping[str, Mapping[str, Interval]], title: str, path: Path) -> None:
+    """Mean differences of each recipe with 95 % intervals; one panel a metric."""
+    names = list(differences)
+    metrics = list(dict.fromkeys(metric for found in differences.values() for metric in found))
+    figure = Figure(figsize=(10, 1.4 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        for row, name in enumerate(names):
+            found = differences[name][metric]
+            half = 0.0 if math.isnan(found.half) else found.half
+            sure = half > 0 and found.excludes_zero
+            axes.errorbar(found.mean, row, xerr=half, fmt="o", color="#4878a8" if sure else "#999999", capsize=3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(metric, fontsize=10)
+        axes.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"{title} (mean, 95 % interval; blue: excludes 0)", fontsize=10)
     _save(figure, path)
 
 

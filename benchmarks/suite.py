@@ -1,4 +1,4 @@
-"""The groups that `pytest benchmarks/` measures, about five minutes in all on two cores."""
+"""The groups that `pytest benchmarks/` measures, about six minutes in all on two cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from . import runner
 from .contenders import contenders
-from .plans import BASELINES
+from .plans import BASELINES, STEPS
 from .timing import Budget
 from .workloads import HEADLINE, Workload, named
 
@@ -18,6 +18,7 @@ class Group:
     Attributes:
         contenders: names; "fused" stands for every backend of the registry but the reference.
         budget: of the interleaved run of all contenders.
+        network: of a group of whole training steps, a name from `networks.NETWORKS`.
     """
 
     label: str
@@ -26,6 +27,7 @@ class Group:
     baselines: tuple[str, ...]
     mode: str = "fwdbwd"
     budget: Budget = field(default_factory=lambda: Budget(4.0, 5, 60))
+    network: str = ""
 
     @property
     def name(self) -> str:
@@ -33,9 +35,16 @@ class Group:
         return f"{self.label}, {self.mode}, {self.allocator} malloc"
 
     @property
+    def kind(self) -> str:
+        """Of the case that measures it."""
+        return "step" if self.network else "time"
+
+    @property
     def contenders(self) -> tuple[str, ...]:
         """The baselines, and every fused backend that can run here."""
-        return (*self.baselines, *(name for name, contender in contenders().items() if contender.fused))
+        layouts = ("nchw",) if self.network else ("nchw", "channels_last")
+        fused = (name for name, contender in contenders().items() if contender.fused and contender.layout in layouts)
+        return (*self.baselines, *fused)
 
 
 def groups() -> list[Group]:
@@ -53,4 +62,7 @@ def groups() -> list[Group]:
     ]
     for dataset in ("cityscapes", "camvid", "ade20k", "binary"):
         found.append(Group(dataset, named(dataset, height=256, width=256), "tuned", few))
+    for network in ("segformer_b0", "upernet_resnet50"):
+        budget = Budget(12.0, 5, 20)
+        found.append(Group(network, HEADLINE, "tuned", STEPS, "step", budget, network))
     return [group for group in found if group.allocator == "default" or not runner.tuned_reason()]

@@ -72,7 +72,7 @@ def groups(records: Iterable[Record], suite: str) -> dict[str, list[Record]]:
     """Timing records of a suite by the interleaved run they belong to."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        if record["kind"] == "time" and (record["suite"] == suite or suite == ""):
+        if record["kind"] in ("time", "step") and (record["suite"] == suite or suite == ""):
             found.setdefault(record["group"], []).append(record)
     return found
 
@@ -279,3 +279,62 @@ def _scaling_cell(record: Record, first: Record | None, axis: str) -> str:
     workload = record["workload"]
     pixels = workload["batch"] * workload["height"] * workload["width"]
     return f"{number(1000 * seconds)} ({number(1e9 * seconds / pixels)})"
+
+
+def overhead(record: Record, group: Sequence[Record]) -> Ratio | None:
+    """How much longer a training step takes than with cross-entropy alone, as a part of it (0.03: 3 %)."""
+    plain = next((r for r in group if r["contender"] == "ce" and r["status"] == "ok"), None)
+    if plain is None or record["status"] != "ok" or record is plain:
+        return None
+    ratio = paired_ratio(record["seconds"], plain["seconds"])
+    return Ratio(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+
+
+def loss_part(record: Record, group: Sequence[Record]) -> float | None:
+    """The same from the loss's own time in the step, which other parts' noise does not reach; None on a GPU."""
+    plain = next((r for r in group if r["contender"] == "ce" and r["status"] == "ok"), None)
+    if plain is None or record["status"] != "ok" or not record.get("loss_seconds") or record is plain:
+        return None
+    return (quartiles(record["loss_seconds"])[1] - quartiles(plain["loss_seconds"])[1]) / median(plain)
+
+
+def step_table(group: Sequence[Record], peaks: Iterable[Record] = ()) -> tuple[list[str], Rows]:
+    """Rows of contenders: a whole training step, what it costs above cross-entropy alone, images a second, memory.
+
+    Args:
+        peaks: "step-memory" records; those of the group's network and workload are shown.
+    """
+    header = [
+        "loss",
+        "step, ms [quartiles]",
+        "overhead [95 %]",
+        "by the loss's own time",
+        "images/s",
+        "peak memory, MiB",
+    ]
+    memory = {(r["network"], r["workload_name"], r["contender"]): r for r in peaks}
+    rows = []
+    for record in group:
+        name = f"{record['title']} (`{record['contender']}`)"
+        if record["status"] != "ok":
+            rows.append([name, verdict(record), *[""] * (len(header) - 2)])
+            continue
+        over, own = overhead(record, group), loss_part(record, group)
+        peak = memory.get((record["network"], record["workload_name"], record["contender"]))
+        known = peak is not None and peak["status"] == "ok" and peak["above_inputs"] is not None
+        rows.append(
+            [
+                name,
+                milliseconds(record),
+                "" if over is None else f"{percent(over.value)} [{percent(over.low)}, {percent(over.high)}]",
+                "" if own is None else percent(own),
+                number(record["workload"]["batch"] / median(record)),
+                mebibytes(peak["above_inputs"]) if known and peak is not None else "",
+            ]
+        )
+    return header, rows
+
+
+def percent(part: float) -> str:
+    """'+3.1 %'."""
+    return f"{100 * part:+.1f} %"

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from semeda_fast.files import atomic_path
 
-from . import machine, memory, oracle, timing
+from . import machine, memory, oracle, steps, timing
 from .contenders import Contender, contenders
+from .networks import NETWORKS
 from .plain import LossFunction
 from .plans import Case, Plan
 from .work import activation_bytes, work_of
@@ -45,7 +46,7 @@ def run_plan(plan: Plan, *, on_result: Any = None) -> list[Record]:
         torch.set_num_threads(case.threads)
         if "torch._dynamo" in sys.modules:  # importing the compiler only to reset it takes a second
             torch.compiler.reset()
-        measure = {"time": _time_case, "memory": _memory_case, "peaks": _peaks_case}[case.kind]
+        measure = MEASURES[case.kind]
         for record in measure(case, plan):
             records.append({**_condition(plan, case), **record})
         if on_result is not None:
@@ -168,6 +169,64 @@ def _saved_per_pixel(function: LossFunction, leaf: Tensor, inputs: Inputs) -> fl
         return None
 
 
+def _step_case(case: Case, plan: Plan) -> list[Record]:
+    """Check every contender on a network's logits, then time whole training steps in one interleaved run."""
+    assert case.workload is not None
+    about = {**_facts(case, None), "network": case.network, "title_network": NETWORKS[case.network].title}
+    chosen = [c for c in _chosen(case, plan) if not (c.fused and c.layout != "nchw")]
+    reason = NETWORKS[case.network].why_not() or steps.why_not_run(case.workload, plan.device)
+    if reason:
+        group = case.group(plan)
+        return [{**about, **_about(c), "group": group, "status": "skipped", "reason": reason} for c in chosen]
+    training = steps.Training.of(case.network, case.workload, plan.device, tiny=case.tiny)
+    about.update(labels=vars(training.inputs.facts), parameters=training.parameters)
+    truth = oracle.compute_oracle(training.inputs)
+    if plan.device == "cuda":
+        _settle_cuda(case.workload.dtype)
+    records: dict[str, Record] = {}
+    todo: dict[str, timing.Step] = {}
+    parts: dict[str, list[float]] = {}
+    for contender in chosen:
+        records[contender.name] = record = {**about, **_about(contender), "group": case.group(plan)}
+        progress(f"{plan.name}: {case.network} {case.workload.name}: {contender.name}")
+        try:
+            function = contender.make(training.inputs, plan.compiler)
+            result = oracle.check(function, training.leaf(), training.inputs, truth, contender.checked_as)
+            record["check"] = oracle.as_json(result)
+        except Exception as error:
+            record.update(**_failure(contender, error))
+            continue
+        if not result.ok:
+            record.update(status="wrong", reason=result.describe())
+            continue
+        todo[contender.name] = training.parted(function, parts.setdefault(contender.name, []))
+    for name, samples in timing.interleaved(todo, case.budget, device=plan.device, warmup=case.warmup).items():
+        rounds = len(samples.seconds)
+        records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
+        records[name]["loss_seconds"] = parts[name][-rounds:] or None
+    return list(records.values())
+
+
+def _step_memory_case(case: Case, plan: Plan) -> list[Record]:
+    assert case.workload is not None
+    records = []
+    for contender in _chosen(case, plan):
+        about = {**_facts(case, None), "network": case.network, "title_network": NETWORKS[case.network].title}
+        record = {**about, **_about(contender)}
+        records.append(record)
+        progress(f"{plan.name}: memory of a step of {case.network} with {contender.name}")
+        reason = NETWORKS[case.network].why_not() or steps.why_not_run(case.workload, plan.device)
+        if reason:
+            record.update(status="skipped", reason=reason)
+            continue
+        try:
+            peak = steps.measure_peak(contender, case.network, case.workload, plan.device, plan.compiler)
+            record.update(status="ok", **vars(peak))
+        except Exception as error:
+            record.update(**_failure(contender, error))
+    return records
+
+
 def why_not_run(contender: Contender, inputs: Inputs) -> str:
     """Why a plain-PyTorch contender is left out: too large an estimate for this machine's memory."""
     if contender.fused or contender.checked_as == "ce":
@@ -221,6 +280,15 @@ def first_line(error: BaseException) -> str:
 def progress(text: str) -> None:
     """Say on stderr what is being done; stdout belongs to results."""
     print(f"  {text}", file=sys.stderr, flush=True)
+
+
+MEASURES = {
+    "time": _time_case,
+    "memory": _memory_case,
+    "step": _step_case,
+    "step-memory": _step_memory_case,
+    "peaks": _peaks_case,
+}
 
 
 def write_records(path: Path, records: list[Record]) -> None:

@@ -184,6 +184,16 @@ def make_loader(
     )
 
 
+def class_weights(dataset: Pairs) -> Tensor:
+    """[C] weights 1 / ln(1.02 + share of the class's pixels); Paszke et al., ENet, arXiv 1606.02147."""
+    counts = np.zeros(dataset.num_classes)
+    for index in range(len(dataset)):
+        mask = dataset.read(index)[1]
+        counts += np.bincount(mask[mask != dataset.ignore_index].astype(np.intp), minlength=dataset.num_classes)
+    shares = counts / max(1.0, counts.sum())
+    return torch.from_numpy(1 / np.log(1.02 + shares)).float()
+
+
 def to_tensor(image: np.ndarray) -> Tensor:
     """RGB uint8 [H,W,3] -> normalised float32 [3,H,W]."""
     scaled = (image.astype(np.float32) / 255 - MEAN) / STD

@@ -10,7 +10,7 @@ from typing import Any
 # What may differ between the first start and --resume, because it changes no result.
 FREE = {
     *("class_names", "workers", "cache", "output", "resume", "pictures", "traceback"),
-    *("checkpoint_every", "log_every", "val_every"),
+    *("checkpoint_every", "log_every", "val_every", "keep_epoch"),
 }
 
 
@@ -36,10 +36,17 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add = parser.add_argument_group("network and loss").add_argument
     add("--network", default="unet", help="unet, or a transformers model type, .json file or local folder")
     add("--width", type=_at_least(1), default=16, help="channels of the U-Net at full resolution (16)")
+    add("--depth", type=_at_least(1), default=3, help="times that the U-Net halves the resolution (3)")
+    add("--norm", choices=("group", "batch"), default="group", help="of the U-Net; batch learns faster from scratch")
     add("--loss", choices=("ce", "ce+semeda"), default="ce+semeda")
+    add("--class-weights", choices=("none", "enet"), default="none", help="of cross-entropy: enet favours rare classes")
     add("--proxy", help="file of an edge proxy (default: the bundled one)")
     add("--lambda-semeda", type=float, help="weight of the SEMEDA term (default: the library's)")
-    add("--semeda-ramp", type=float, default=0.0, metavar="E", help="raise it from 0 over E epochs")
+    add("--semeda-start", type=float, default=0.0, metavar="E", help="keep it at 0 for E epochs")
+    add("--semeda-ramp", type=float, default=0.0, metavar="E", help="then raise it from 0 over E epochs")
+    add("--semeda-power", type=float, default=1.0, metavar="P", help="as (part of the ramp)^P (1: a straight line)")
+    add("--layer-weights", type=_numbers, metavar="W,...", help="of the SEMEDA term (default: the proxy's)")
+    add("--distance", choices=("l1", "l2", "smooth_l1"), help="of the SEMEDA term (default: the proxy's)")
     add("--backend", default="auto", help="backend of SEMEDA: auto, reference, cpu, triton, cuda")
 
     add = parser.add_argument_group("training").add_argument
@@ -49,11 +56,14 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--weight-decay", type=float, default=1e-2)
     add("--seed", type=_at_least(0), default=0)
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    add("--channels-last", action="store_true", help="memory order of the network; often faster")
     add("--compile", action="store_true", help="torch.compile the network and the criterion")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="folder for logs, checkpoint and report")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
+    add("--branch", type=Path, metavar="FILE", help="start from this checkpoint of a run, with other settings")
+    add("--keep-epoch", type=_at_least(1), metavar="E", help="keep the checkpoint after E epochs, as checkpoint-E.pt")
     add("--checkpoint-every", type=_at_least(1), default=200, help="steps between checkpoints (200)")
     add("--log-every", type=_at_least(1), default=10, help="steps between rows of log.csv (10)")
     add("--val-every", type=_at_least(1), default=1, help="epochs between validations (1)")
@@ -62,7 +72,7 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--traceback", action="store_true", help="on an error, show the traceback too")
 
     args = parser.parse_args(argv)
-    for name in ("images", "masks", "val_images", "val_masks", "output"):
+    for name in ("images", "masks", "val_images", "val_masks", "output", "branch"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).resolve())
     if (args.val_images is None) != (args.val_masks is None):
@@ -85,6 +95,10 @@ def _fraction(text: str) -> float:
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
     return float(text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def _size(text: str) -> tuple[int, int]:

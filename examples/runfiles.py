@@ -67,11 +67,13 @@ class RunFolder:
                 "give the settings of the first start, or start anew in another --output"
             )
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None if there is none yet. Reads tensors and plain values only, no code."""
+    def load_checkpoint(self, branch: Path | None = None) -> dict[str, Any] | None:
+        """The last checkpoint, else that of another run, `branch`, or None. Reads tensors and plain values, no code."""
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
-            return None
+            if branch is None:
+                return None
+            path = branch
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if state["format"] != FORMAT:
@@ -120,12 +122,12 @@ class RunFolder:
         with path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
+    def save_checkpoint(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
         """Replace the checkpoint; at any moment the file on disk is the old one or the new one."""
         os.fsync(self._file.fileno())  # the logs are never behind the checkpoint
         if self._board is not None:
             self._board.flush()
-        with atomic_path(self.folder / "checkpoint.pt", overwrite=True) as path:
+        with atomic_path(self.folder / name, overwrite=True) as path:
             torch.save({"format": FORMAT, **state}, path)
 
     def write(self, name: str, text: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, gather_object, set_seed
-from data import EpochBatches, InputError, Pairs, make_datasets, make_loader
+from data import EpochBatches, InputError, Pairs, class_weights, make_datasets, make_loader
 from options import parse_args, settings
 from report import evaluate, write_report
 from runfiles import RunFolder, StopSignal, rng_state, set_rng_state
@@ -48,7 +48,9 @@ def train(args: argparse.Namespace) -> int:
     loader = make_loader(train_set, batches, args.workers)
 
     set_seed(args.seed)  # the same initial weights in every process ...
-    network = build_network(args.network, args.num_classes, width=args.width)
+    network = build_network(args.network, args.num_classes, width=args.width, depth=args.depth, norm=args.norm)
+    if args.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     set_seed(args.seed, device_specific=True)  # ... but not the same dropout
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -56,8 +58,9 @@ def train(args: argparse.Namespace) -> int:
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=total_steps, power=0.9)
 
     criterion: Any
+    weight = class_weights(train_set) if args.class_weights == "enet" else None
     if args.loss == "ce":
-        criterion = torch.nn.CrossEntropyLoss(ignore_index=args.ignore_index)
+        criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=args.ignore_index).to(accelerator.device)
     else:
         options = {} if args.lambda_semeda is None else {"lambda_semeda": args.lambda_semeda}
         # --- SEMEDA: line 1 of 2: build the criterion ---
@@ -65,7 +68,10 @@ def train(args: argparse.Namespace) -> int:
             args.proxy,
             num_classes=args.num_classes,
             ignore_index=args.ignore_index,
+            weight=weight,
             backend=args.backend,
+            layer_weights=args.layer_weights,
+            distance=args.distance,
             **options,
         ).to(accelerator.device)
         # ------------------------------------------------
@@ -74,7 +80,7 @@ def train(args: argparse.Namespace) -> int:
     network, optimizer, schedule, loader = accelerator.prepare(network, optimizer, schedule, loader)
     plain_network = accelerator.unwrap_model(network)
 
-    checkpoint = run.load_checkpoint()
+    checkpoint = run.load_checkpoint(args.branch)
     first_epoch, first_step = 0, 0  # where to go on: an epoch, and steps done in it
     if checkpoint is not None:
         plain_network.load_state_dict(checkpoint["network"])
@@ -87,7 +93,7 @@ def train(args: argparse.Namespace) -> int:
         first_epoch, first_step = checkpoint["epoch"], checkpoint["step_in_epoch"]
     step = first_epoch * steps_per_epoch + first_step
 
-    def save(epoch: int, step_in_epoch: int) -> None:
+    def save(epoch: int, step_in_epoch: int, name: str = "checkpoint.pt") -> None:
         state = {
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
@@ -98,7 +104,7 @@ def train(args: argparse.Namespace) -> int:
             "rng": gather_object([rng_state()]),
         }
         if accelerator.is_main_process:
-            run.save_checkpoint(state)
+            run.save_checkpoint(state, name)
 
     accelerator.wait_for_everyone()  # no process may find what the first one writes now
     if accelerator.is_main_process:
@@ -129,10 +135,10 @@ def train(args: argparse.Namespace) -> int:
                 step += 1
                 logged = step % args.log_every == 0 or step == 1
                 timer.start(logged)
-                if args.loss != "ce" and args.semeda_ramp:
-                    progress = min(1.0, step / (args.semeda_ramp * steps_per_epoch))
+                if args.loss != "ce" and (args.semeda_start or args.semeda_ramp):
+                    factor = ramp(step / steps_per_epoch, args.semeda_start, args.semeda_ramp, args.semeda_power)
                     # A tensor, so that a compiled criterion is not compiled again for each value.
-                    criterion.lambda_semeda = torch.tensor(full_lambda * progress, device=accelerator.device)
+                    criterion.lambda_semeda = torch.tensor(full_lambda * factor, device=accelerator.device)
 
                 # The loss is a mean over the valid pixels of this process, and DDP averages over processes.
                 # If void is unevenly spread that is not the mean over all valid pixels of the batch; it
@@ -140,6 +146,8 @@ def train(args: argparse.Namespace) -> int:
                 valid = (target != args.ignore_index).sum().float()
                 share = valid / accelerator.reduce(valid, "mean").clamp(min=1)
 
+                if args.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
                 logits = forward(images)
                 if args.loss == "ce":
                     loss = ce = compute_loss(logits, target)
@@ -194,6 +202,8 @@ def train(args: argparse.Namespace) -> int:
                     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
                     bar.write(f"epoch {epoch + 1} of {args.epochs}: {shown}", file=sys.stdout)
             save(epoch + 1, 0)
+            if epoch + 1 == args.keep_epoch:
+                save(epoch + 1, 0, f"checkpoint-{epoch + 1}.pt")
 
     if not metrics:  # resumed when all epochs were done
         metrics = validate(args, accelerator, network, val_set)
@@ -203,6 +213,13 @@ def train(args: argparse.Namespace) -> int:
         print(f"\n{table}\nWritten to {args.output}: report.md, report.json, log.csv, predictions.png")
     accelerator.end_training()
     return 0
+
+
+def ramp(epochs: float, start: float, length: float, power: float) -> float:
+    """Part of the SEMEDA term's weight after so many epochs: 0 up to `start`, then up to 1 over `length` epochs."""
+    if epochs <= start:
+        return 0.0
+    return min(1.0, (epochs - start) / length) ** power if length else 1.0
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu, gpu_bench, gpu_layers, gpu_report, gpu_tests, runner, timing
 from benchmarks.contenders import contenders
+from benchmarks.networks import GPU_NETWORKS
 from benchmarks.plans import Plan, make_plans
 from benchmarks.timing import Budget
 from benchmarks.workloads import make_proxy, named
@@ -324,6 +325,10 @@ def test_gpu_plans_are_of_known_contenders_and_survive_json() -> None:
     assert all("autocast" in case.contenders for case in halves)
     kinds = {case.workload.labels for case in timed if case.workload is not None}
     assert kinds == {"scenes", "random"}
+    steps = [case.network for plan in plans for case in plan.cases if case.kind == "step"]
+    assert steps == list(GPU_NETWORKS)
+    names = [plan.name for plan in plans]
+    assert names.index("step-deeplab_resnet101-voc") < names.index("dtypes")  # the rest may be left out
     assert gpu_bench.main(["--output", "nowhere", "--plans", "no plan of this name"]) == 2
 
 

@@ -1,0 +1,181 @@
+"""docs/results.md: its tables and plots, made anew from the results that are stored under benchmarks/results.
+
+`python -m benchmarks page` replaces what stands between `<!-- made: NAME -->` and `<!-- end -->`; the text around it is
+written by hand. NAME is "overhead FOLDER" (training steps of a results.json) or "accuracy FOLDER" (a study.json).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from semeda_fast.files import atomic_path
+
+from . import plots, study, tables
+from .recipes import BASES, RECIPES
+from .runner import load_run
+from .statistics import Interval, mean_interval
+from .tables import Record, Rows, markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_MADE = re.compile(r"(<!-- made: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+METRIC_TITLES = {"miou": "mIoU", "boundary_iou": "boundary IoU", "boundary_f": "boundary F"}
+
+
+def write_page(page: Path = PAGE, results: Path = RESULTS) -> list[Path]:
+    """Fill the page's marked parts, draw its pictures beside it; returns what was written.
+
+    Raises:
+        ValueError: a mark that no maker knows, or a page without marks.
+        FileNotFoundError: results that a mark names are not there.
+    """
+    written: list[Path] = []
+    makers: dict[str, Callable[[Path, Path], tuple[str, list[Path]]]] = {"overhead": _overhead, "accuracy": _accuracy}
+
+    def fill(found: re.Match[str]) -> str:
+        begin, kind, name, end = found.groups()
+        if kind not in makers:
+            raise ValueError(f"{page}: '<!-- made: {kind} ... -->' is none of {', '.join(makers)}")
+        text, pictures = makers[kind](results / name, page.parent / "results")
+        written.extend(pictures)
+        return f"{begin}\n{text.strip()}\n\n{end}"
+
+    before = page.read_text(encoding="utf-8")
+    if not _MADE.search(before):
+        raise ValueError(f"{page} has no part marked '<!-- made: KIND FOLDER -->' ... '<!-- end -->'")
+    (page.parent / "results").mkdir(exist_ok=True)
+    text = _MADE.sub(fill, before)
+    with atomic_path(page, overwrite=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return [page, *written]
+
+
+def _overhead(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
+    """One table a data set and allocator, rows networks, columns implementations; a plot of each."""
+    run = load_run(folder)
+    grouped = tables.groups(run.records, "steps")
+    peaks = [record for record in run.records if record["kind"] == "step-memory"]
+    facts, parts, written = run.machine, [], []
+    if not run.complete:
+        parts.append("**This run is not complete.**\n")
+    device = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} threads"
+    parts.append(f"{device}; torch {facts['torch']}; {run.created[:10]}, commit {facts['commit'] or 'unknown'}.\n")
+    conditions = dict.fromkeys((g[0]["workload"]["dataset"], g[0]["allocator"]) for g in grouped.values())
+    for dataset, allocator in conditions:
+        chosen = [
+            group
+            for group in grouped.values()
+            if (group[0]["workload"]["dataset"], group[0]["allocator"]) == (dataset, allocator)
+        ]
+        some = chosen[0][0]["workload"]
+        size = f"{some['batch']}x{some['height']}x{some['width']}"
+        title = f"{dataset} ({some['num_classes']} classes), {size}, {allocator} malloc"
+        parts += [f"#### {title}\n", markdown(*_overhead_table(chosen))]
+        path = pictures / f"overhead-{folder.name}-{dataset}-{allocator}.png"
+        plots.draw_overhead(chosen, f"overhead of SEMEDA in a training step: {title}", path)
+        written.append(path)
+        parts.append(f"![overhead, {title}](results/{path.name})\n")
+    if peaks:
+        parts += ["#### Peak memory of a step above weights, optimizer state and batch, MiB\n"]
+        parts.append(markdown(*_peak_table(peaks)))
+    return "\n".join(parts), written
+
+
+def _overhead_table(grouped: list[list[Record]]) -> tuple[list[str], Rows]:
+    names = dict.fromkeys(r["contender"] for group in grouped for r in group if r["contender"] != "ce")
+    titles = {r["contender"]: r["title"] for group in grouped for r in group}
+    header = ["network", "cross-entropy: step, ms", "images/s"]
+    for name in names:
+        header += [f"+ {titles[name]}", "by the loss's own time"]
+    rows = []
+    for group in grouped:
+        found = {record["contender"]: record for record in group}
+        plain = found["ce"]
+        if plain["status"] != "ok":
+            rows.append([plain["title_network"], tables.verdict(plain), *[""] * (len(header) - 2)])
+            continue
+        speed = plain["workload"]["batch"] / tables.median(plain)
+        row = [plain["title_network"], tables.number(1000 * tables.median(plain)), tables.number(speed)]
+        for name in names:
+            over, own = tables.overhead(found[name], group), tables.loss_part(found[name], group)
+            if over is None:
+                row += [tables.verdict(found[name]), ""]
+                continue
+            low, high = tables.percent(over.low), tables.percent(over.high)
+            row += [f"{tables.percent(over.value)} [{low}, {high}]", "" if own is None else tables.percent(own)]
+        rows.append(row)
+    return header, rows
+
+
+def _peak_table(peaks: list[Record]) -> tuple[list[str], Rows]:
+    names = dict.fromkeys(record["contender"] for record in peaks)
+    titles = {record["contender"]: record["title"] for record in peaks}
+    rows = []
+    for network in dict.fromkeys(record["network"] for record in peaks):
+        found = {record["contender"]: record for record in peaks if record["network"] == network}
+        row = [next(iter(found.values()))["title_network"]]
+        for name in names:
+            record = found.get(name)
+            known = record is not None and record["status"] == "ok" and record["above_inputs"] is not None
+            row.append(f"{record['above_inputs'] / 2**20:.0f}" if known and record is not None else "")
+        rows.append(row)
+    return ["network", *(titles[name] for name in names)], rows
+
+
+def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
+    """One table a base recipe: the base, and every recipe that is compared with it, by their common seeds."""
+    found = study.load(folder / study.STUDY)
+    runs = found["runs"]
+    facts = found["machine"]
+    parts = [
+        f"{facts['processor']}, torch {facts['torch']}; {found['created'][:10]}; `{folder.name}/{study.STUDY}`. "
+        f"All runs: `{' '.join(found['training'])}`.\n"
+    ]
+    written = []
+    for base in BASES:
+        rows, differences = _study_rows(runs, base)
+        if not rows:
+            continue
+        title = next(recipe.title for recipe in RECIPES if recipe.name == base)
+        header = ["recipe", "seeds", *METRIC_TITLES.values(), *(f"{t}, difference" for t in METRIC_TITLES.values())]
+        parts += [f"#### Against {title}\n", markdown(header, rows)]
+        if differences:
+            path = pictures / f"accuracy-{folder.name}-{base}.png"
+            plots.draw_differences(differences, f"differences to {title}, same seeds", path)
+            written.append(path)
+            parts.append(f"![differences to {title}](results/{path.name})\n")
+    return "\n".join(parts), written
+
+
+Differences = dict[str, dict[str, Interval]]  # recipe's title -> metric's title -> interval
+
+
+def _study_rows(runs: list[dict[str, Any]], base: str) -> tuple[Rows, Differences]:
+    values = {(run["recipe"], run["seed"]): run for run in runs}
+    rows: Rows = []
+    differences: Differences = {}
+    for recipe in RECIPES:
+        seeds = sorted(seed for name, seed in values if name == recipe.name)
+        if not seeds or base not in (recipe.name, recipe.base):
+            continue
+        row = [recipe.title, ", ".join(map(str, seeds))]
+        for metric in METRIC_TITLES:
+            row.append(mean_interval([values[recipe.name, seed][metric] for seed in seeds]).text())
+        if recipe.name == base:
+            rows.insert(0, [*row, "", "", ""])
+            continue
+        common = [seed for seed in seeds if (base, seed) in values]
+        for metric, title in METRIC_TITLES.items():
+            pairs = [values[recipe.name, seed][metric] - values[base, seed][metric] for seed in common]
+            if not pairs:
+                row.append("")
+                continue
+            interval = mean_interval(pairs)
+            differences.setdefault(recipe.title, {})[title] = interval
+            row.append(interval.text(signed=True))
+        rows.append(row)
+    return rows, differences
