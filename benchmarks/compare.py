@@ -11,6 +11,7 @@ from .timing import Ratio, unpaired_ratio
 
 # What has to be equal for two times to be comparable.
 FACTS = ("processor", "cores", "threads", "device", "gpu", "torch", "python", "libc")
+TIMED = ("time", "step")  # kinds of records with samples
 CONTROLS = ("ce", "reference")  # code that this library's kernels do not touch
 
 
@@ -34,16 +35,17 @@ class Change:
 
 def key_of(record: Record) -> tuple[Any, ...]:
     """What names a measurement across runs."""
-    fields = ("suite", "workload_name", "mode", "allocator", "threads", "contender")
-    return tuple(record[name] for name in fields)
+    fields = ("workload_name", "mode", "allocator", "threads", "contender")
+    suite = record["suite"] if record["kind"] == "time" else f"{record['suite']}/{record['network']}"
+    return (suite, *(record[name] for name in fields))
 
 
 def changes(old: Run, new: Run) -> list[Change]:
     """Every timing that both runs have."""
-    before = {key_of(r): r for r in old.records if r["kind"] == "time" and r["status"] == "ok"}
+    before = {key_of(r): r for r in old.records if r["kind"] in TIMED and r["status"] == "ok"}
     found = []
     for record in new.records:
-        if record["kind"] == "time" and record["status"] == "ok" and key_of(record) in before:
+        if record["kind"] in TIMED and record["status"] == "ok" and key_of(record) in before:
             earlier = before[key_of(record)]
             ratio = unpaired_ratio(record["seconds"], earlier["seconds"])
             found.append(Change(key_of(record), ratio, median(earlier), median(record)))
@@ -67,11 +69,11 @@ def differences(old: Run, new: Run) -> list[str]:
 
 def newly_wrong(old: Run, new: Run) -> list[str]:
     """Measurements that had a time in the old run and are wrong or failed in the new one."""
-    before = {key_of(r) for r in old.records if r["kind"] == "time" and r["status"] == "ok"}
+    before = {key_of(r) for r in old.records if r["kind"] in TIMED and r["status"] == "ok"}
     return [
         f"{' '.join(map(str, key_of(r)))}: {r['reason']}"
         for r in new.records
-        if r["kind"] == "time" and r["status"] in ("wrong", "failed") and key_of(r) in before
+        if r["kind"] in TIMED and r["status"] in ("wrong", "failed") and key_of(r) in before
     ]
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from semeda_fast.files import atomic_path
 
 from . import machine
+from .gradients import gradient_facts
 from .labels import CAMVID_VARIABLE, camvid_folder
 from .recipes import BRANCH_EPOCH, RECIPES, TRAINING, Recipe
 from .runner import TUNED
@@ -109,6 +110,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "machine": machine.describe("cpu"),
         "training": [str(option) for option in TRAINING],
         "branch_epoch": BRANCH_EPOCH,
+        "gradients": list(_gradients(folder)),
         "runs": runs,
     }
 
@@ -133,6 +135,18 @@ def _finished(folder: Path) -> Iterator[dict[str, Any]]:
             "losses": [[int(r["step"]), _short(r["ce"]), _short(r["semeda"]), _short(r["lambda_semeda"])]
                        for r in rows if r["kind"] == "train" and int(r["step"]) % 50 == 0],
         }  # fmt: skip
+
+
+def _gradients(folder: Path) -> Iterator[dict[str, Any]]:
+    """How the terms pull in the middle and at the end of the runs without SEMEDA, of the first seed."""
+    for recipe in RECIPES:
+        for name in (f"checkpoint-{BRANCH_EPOCH}.pt", "checkpoint.pt"):
+            runs = sorted(folder.glob(f"{recipe.name}-s*/{name}"))
+            if recipe.base or not runs:
+                continue
+            seed = int(runs[0].parent.name.rpartition("-s")[2])
+            command = command_of(recipe, seed, folder, camvid_folder())[2:]
+            yield {"recipe": recipe.name, "seed": seed, "checkpoint": name, **gradient_facts(command, runs[0])}
 
 
 def _short(text: str) -> float:

@@ -91,7 +91,7 @@ def test_everything_was_run(run: Run) -> None:
     assert {plan["state"] for plan in run.plans} == {"done"}
     suites = {record["suite"] for record in run.records}
     axes = {f"scaling-{axis}" for axis in report.SCALING_AXES}
-    assert suites == {"machine", "headline", "workloads", "memory", *axes}
+    assert suites == {"machine", "headline", "workloads", "memory", "steps", *axes}
     headline = [r for r in run.records if r["suite"] == "headline" and r["workload"]["dtype"] == "float32"]
     assert {r["contender"] for r in headline} >= set(contenders()) | {"stand_in", "stand_in_cl"}
     allocators = {"default"} if runner.tuned_reason() else {"default", "tuned"}
@@ -132,7 +132,15 @@ def test_the_report_shows_times_wrong_ones_and_plots(smoke: tuple[Path, int, str
     assert "WRONG" not in row
     assert "| reference eager / stand_in |" in text
     assert not any(line.startswith("| reference eager / off_by_one_percent") for line in text.splitlines())
-    for heading in ("## Machine", "## Headline workload", "## Workloads", "## Memory", "## Work", "## Caveats"):
+    for heading in (
+        "## Machine",
+        "## Headline workload",
+        "## Workloads",
+        "## Memory",
+        "## Work",
+        "## Training steps",
+        "## Caveats",
+    ):
         assert f"\n{heading}\n" in text
     assert run.machine["processor"] in text
     pictures = {path.name for path in folder.glob("*.png")}
@@ -153,7 +161,7 @@ def changed(run: Run, contender: str, factor: float) -> Run:
     """A copy of a run in which one contender took `factor` times as long."""
     other = copy.deepcopy(run)
     for record in other.records:
-        if record["kind"] == "time" and record["contender"] == contender and record["status"] == "ok":
+        if record["kind"] in compare.TIMED and record["contender"] == contender and record["status"] == "ok":
             record["seconds"] = [factor * value for value in record["seconds"]]
     return other
 

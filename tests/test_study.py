@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,10 +21,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 import options  # noqa: E402
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import page, study  # noqa: E402
+from benchmarks import gradients, page, study  # noqa: E402
 from benchmarks.recipes import BASES, RECIPES, Recipe  # noqa: E402
 from benchmarks.runner import RESULTS, Run, machine  # noqa: E402
 from benchmarks.statistics import mean_interval  # noqa: E402
+from semeda_fast import SemedaLoss  # noqa: E402
 
 
 def test_every_recipe_is_a_call_of_the_example(tmp_path: Path) -> None:
@@ -93,6 +96,33 @@ def collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_run(tmp_path / "runs", "forgotten-s1", 0.1)
     assert study.main(["collect", str(tmp_path / "runs"), str(tmp_path / "results" / "camvid")]) == 0
     return tmp_path / "results"
+
+
+def test_the_terms_pull_as_their_formulas_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 4, 12, 16), generator=generator)
+    target = torch.randint(0, 3, (2, 12, 16), generator=generator)  # no pixel of class 3
+    target[0, 0] = 255
+    found = gradients.facts_of(logits, target, 4, 255)
+    p = logits.softmax(dim=1)
+    for label in range(3):
+        members = target == label
+        assert found["ce_pull"][label] == pytest.approx(float((1 - p[:, label])[members].mean()), abs=1e-3)
+        assert found["share"][label] == pytest.approx(float(members.sum() / (target != 255).sum()), abs=1e-4)
+    assert found["ce_pull"][3] is None
+    assert found["terms"].keys() == gradients.TERMS.keys()
+    leaf = logits.clone().requires_grad_()
+    F.cross_entropy(leaf, target, ignore_index=255).backward()
+    other = logits.clone().requires_grad_()
+    SemedaLoss(num_classes=4, ignore_index=255, lambda_ce=0, lambda_semeda=1, backend="reference")(
+        other, target
+    ).backward()
+    assert leaf.grad is not None
+    assert other.grad is not None
+    ratio = float(other.grad.norm() / leaf.grad.norm())
+    assert found["terms"]["all layers"]["norm_ratio"] == pytest.approx(ratio, rel=1e-3, abs=1e-3)
+    cosine = float(F.cosine_similarity(other.grad.flatten(), leaf.grad.flatten(), dim=0))
+    assert found["terms"]["all layers"]["cosine"] == pytest.approx(cosine, abs=1e-3)
 
 
 def test_a_study_is_collected_from_reports_and_logs(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
