@@ -20,10 +20,10 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test sanitize demo bench bench-full gpu lint format clean
+.PHONY: help test sanitize demo bench bench-steps bench-full gpu lint format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) PYTEST_ARGS=... CUDA_ARCHS=$(CUDA_ARCHS)"
 	@echo "  make demo IMAGES=folder MASKS=folder [NUM_CLASSES=n] [IGNORE_INDEX=n] runs on your own data"
@@ -43,6 +43,9 @@ demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes,
 
 bench: $(VENV)/.stamp-dev  ## Measure the quick set (under 5 minutes on 2 cores); report and plots in build/bench/quick
 	$(BIN)/python -m benchmarks run --quick $(BENCH_ARGS)
+
+bench-steps: $(VENV)/.stamp-dev  ## Measure whole training steps of four networks (half an hour); build/bench/steps
+	$(BIN)/python -m benchmarks run --steps $(BENCH_ARGS)
 
 bench-full: $(VENV)/.stamp-dev  ## Measure everything (hours); report and plots in build/bench/full
 	$(BIN)/python -m benchmarks run --full $(BENCH_ARGS)
