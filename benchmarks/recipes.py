@@ -23,6 +23,8 @@ class Recipe:
         options: of examples/train.py, beside TRAINING.
         base: name of the recipe it is compared with; "" for one of those.
         branch: name of the recipe whose checkpoint after BRANCH_EPOCH epochs it starts from; "": from the beginning.
+        trained_proxy: with a proxy trained on CamVid's training masks in the place of the bundled one.
+        control: whether it has no SEMEDA term, and shows what something else does instead.
     """
 
     name: str
@@ -30,10 +32,40 @@ class Recipe:
     options: tuple[str | int | float, ...]
     base: str = ""
     branch: str = ""
+    control: bool = False
+    trained_proxy: bool = False
 
 
+def _late(
+    base: str, name: str, title: str, *options: str | int | float, ramp: float = 2, trained_proxy: bool = False
+) -> Recipe:
+    """SEMEDA in the last third of the training: what comes before is the base's."""
+    term = ("--loss", "ce+semeda", "--semeda-start", BRANCH_EPOCH, "--semeda-ramp", ramp, *options)
+    weights = ("--class-weights", "enet") if base == "wce" else ()
+    return Recipe(name, title, (*term, *weights), base, base, trained_proxy=trained_proxy)
+
+
+L3 = ("--layer-weights", "0,0,1")
+L2 = ("--distance", "l2")
 RECIPES = (
     Recipe("ce", "cross-entropy", ("--loss", "ce")),
-    Recipe("wce", "cross-entropy with class weights", ("--loss", "ce", "--class-weights", "enet")),
+    _late("ce", "r01", "last third, ramp to 0.1 at the end", "--lambda-semeda", 0.1, ramp=10),
+    _late("ce", "c-l2-003", "last third, 0.03, L2", "--lambda-semeda", 0.03, *L2),
+    Recipe("wce", "class-weighted cross-entropy", ("--loss", "ce", "--class-weights", "enet")),
+    _late("wce", "w-all-03", "last third, 0.3", "--lambda-semeda", 0.3),
+    _late("wce", "w-l3-03", "last third, 0.3, layer 3 alone", "--lambda-semeda", 0.3, *L3),
+    _late("wce", "w-l3-1", "last third, 1.0, layer 3 alone", "--lambda-semeda", 1.0, *L3),
+    _late("wce", "w-l2-003", "last third, 0.03, L2", "--lambda-semeda", 0.03, *L2),
+    _late("wce", "w-l2-01", "last third, 0.1, L2", "--lambda-semeda", 0.1, *L2),
+    Recipe(
+        "w-l2-early",
+        "from epoch 3 on, 0.03, L2",
+        (
+            *("--loss", "ce+semeda", "--class-weights", "enet", "--lambda-semeda", 0.03, *L2),
+            *("--semeda-start", 3, "--semeda-ramp", 3),
+        ),
+        base="wce",
+    ),
+    Recipe("w-unweighted", "control: last third without class weights", ("--loss", "ce"), "wce", "wce", control=True),
 )
 BASES = tuple(recipe.name for recipe in RECIPES if not recipe.base)

@@ -34,6 +34,7 @@ from unet import build_network
 
 from semeda_fast import SemedaLoss
 from semeda_fast.errors import BackendUnavailableError
+from semeda_fast.schedule import ramp
 
 
 def train(args: argparse.Namespace) -> int:
@@ -213,13 +214,6 @@ def train(args: argparse.Namespace) -> int:
         print(f"\n{table}\nWritten to {args.output}: report.md, report.json, log.csv, predictions.png")
     accelerator.end_training()
     return 0
-
-
-def ramp(epochs: float, start: float, length: float, power: float) -> float:
-    """Part of the SEMEDA term's weight after so many epochs: 0 up to `start`, then up to 1 over `length` epochs."""
-    if epochs <= start:
-        return 0.0
-    return min(1.0, (epochs - start) / length) ** power if length else 1.0
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:

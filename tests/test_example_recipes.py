@@ -34,13 +34,6 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-def test_the_ramp() -> None:
-    assert [train.ramp(epoch, 2, 4, 1) for epoch in (0, 2, 3, 4, 6, 9)] == [0, 0, 0.25, 0.5, 1, 1]
-    assert train.ramp(4, 2, 4, 2) == 0.25
-    assert [train.ramp(epoch, 2, 0, 1) for epoch in (0, 2, 2.01, 9)] == [0, 0, 1, 1]
-    assert train.ramp(0.5, 0, 1, 1) == 0.5
-
-
 def test_a_branch_goes_on_from_another_runs_checkpoint(scenes: Path, tmp_path: Path) -> None:
     assert train.main(arguments(scenes, tmp_path / "ce", "--keep-epoch", "2", loss="ce")) == 0
     kept = tmp_path / "ce" / "checkpoint-2.pt"
