@@ -28,11 +28,12 @@ TERMS: dict[str, tuple[tuple[float, ...] | None, str | None]] = {
 }
 
 
-def gradient_facts(command: list[str], checkpoint: Path) -> dict[str, Any]:
+def gradient_facts(command: list[str], checkpoint: Path | None) -> dict[str, Any]:
     """Facts of one checkpoint.
 
     Args:
         command: the arguments of examples/train.py that its run was started with.
+        checkpoint: None for the untrained network.
 
     Returns:
         the training classes' share of the batch, for each of TERMS the ratio of its gradient's norm to that of
@@ -46,8 +47,10 @@ def gradient_facts(command: list[str], checkpoint: Path) -> dict[str, Any]:
 
     args: Namespace = parse_args(command, "")
     dataset, _ = make_datasets(args)
+    torch.manual_seed(args.seed)
     network = build_network(args.network, args.num_classes, width=args.width, depth=args.depth, norm=args.norm)
-    network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["network"])
+    if checkpoint is not None:
+        network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["network"])
     dataset.augment_seed = None
     chosen = [dataset[0, i * len(dataset) // IMAGES] for i in range(IMAGES)]
     images, target = (torch.stack(parts) for parts in zip(*chosen, strict=True))

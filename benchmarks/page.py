@@ -148,7 +148,33 @@ def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
             plots.draw_differences(differences, f"differences to {title}, same seeds", path)
             written.append(path)
             parts.append(f"![differences to {title}](results/{path.name})\n")
+    if found["gradients"]:
+        parts.append("#### How the SEMEDA term (lambda 1) pulls at the logits, beside cross-entropy\n")
+        parts.append(markdown(*_norm_table(found["gradients"])))
+        parts.append(markdown(*_pull_table(found["gradients"])))
     return "\n".join(parts), written
+
+
+def _norm_table(facts: list[dict[str, Any]]) -> tuple[list[str], Rows]:
+    terms = list(facts[0]["terms"])
+    header = ["network", *(f"{term}: norm, cosine" for term in terms)]
+    rows = []
+    for fact in facts:
+        cells = [f"{fact['terms'][term]['norm_ratio']:.1f}, {fact['terms'][term]['cosine']:+.2f}" for term in terms]
+        rows.append([f"{fact['recipe']}, {fact['when']}", *cells])
+    return header, rows
+
+
+def _pull_table(facts: list[dict[str, Any]]) -> tuple[list[str], Rows]:
+    names = study.CLASSES.split(",")
+    rows = [["share of the pixels", *(f"{100 * share:.1f} %" for share in facts[0]["share"])]]
+    for fact in facts:
+        pulls = {"cross-entropy": fact["ce_pull"]}
+        pulls |= {term: fact["terms"][term]["pull"] for term in ("all layers", "layer 3", "all layers, l2")}
+        for term, values in pulls.items():
+            cells = ["" if value is None else f"{value:.2f}" for value in values]
+            rows.append([f"{fact['recipe']}, {fact['when']}: {term}", *cells])
+    return ["mean pull on a pixel's own class", *names], rows
 
 
 Differences = dict[str, dict[str, Interval]]  # recipe's title -> metric's title -> interval

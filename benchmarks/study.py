@@ -148,15 +148,17 @@ def _finished(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _gradients(folder: Path) -> Iterator[dict[str, Any]]:
-    """How the terms pull in the middle and at the end of the runs without SEMEDA, of the first seed."""
+    """How the terms pull before, late in and after the training without SEMEDA, of the first seed."""
+    when = {"untrained": "", f"epoch {BRANCH_EPOCH}": f"checkpoint-{BRANCH_EPOCH}.pt", "trained": "checkpoint.pt"}
     for recipe in RECIPES:
-        for name in (f"checkpoint-{BRANCH_EPOCH}.pt", "checkpoint.pt"):
-            runs = sorted(folder.glob(f"{recipe.name}-s*/{name}"))
-            if recipe.base or not runs:
-                continue
-            seed = int(runs[0].parent.name.rpartition("-s")[2])
-            command = command_of(recipe, seed, folder, camvid_folder())[2:]
-            yield {"recipe": recipe.name, "seed": seed, "checkpoint": name, **gradient_facts(command, runs[0])}
+        runs = sorted(folder.glob(f"{recipe.name}-s*/checkpoint-{BRANCH_EPOCH}.pt"))
+        if recipe.base or not runs or not camvid_folder().is_dir():
+            continue
+        seed = int(runs[0].parent.name.rpartition("-s")[2])
+        command = command_of(recipe, seed, folder, camvid_folder())[2:]
+        for moment, name in when.items():
+            path = runs[0].parent / name if name else None
+            yield {"recipe": recipe.name, "seed": seed, "when": moment, **gradient_facts(command, path)}
 
 
 def _short(text: str) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .functional import DEFAULT_LAMBDA_SEMEDA, LossComponents, semeda_loss
+from .functional import LossComponents, default_lambda, semeda_loss
 from .proxy.network import EdgeProxy, Float32Buffers, check_layer_weights
 from .warmup import warmup
 
@@ -31,8 +31,9 @@ class SemedaLoss(Float32Buffers):
         lambda_ce: weight of cross-entropy.
         lambda_semeda: weight of the SEMEDA term, a number or a tensor of one element. Assign
             `criterion.lambda_semeda` between steps for a schedule; under torch.compile a number recompiles,
-            a tensor changed in place (`criterion.lambda_semeda.fill_(0.3)`) does not. The default is
-            provisional until the accuracy study sets it.
+            a tensor changed in place (`criterion.lambda_semeda.fill_(0.3)`) does not. Default: 0.1 for "l1", 0.05
+            for "smooth_l1", 0.03 for "l2", with which the term pulls about as strongly as cross-entropy does
+            in a trained network. Begin late in the training: docs/results.md says why, `schedule.ramp` helps.
         layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
         distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
         weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss; the SEMEDA term is not weighted.
@@ -70,7 +71,7 @@ class SemedaLoss(Float32Buffers):
         *,
         num_classes: int | None = None,
         lambda_ce: float | Tensor = 1.0,
-        lambda_semeda: float | Tensor = DEFAULT_LAMBDA_SEMEDA,
+        lambda_semeda: float | Tensor | None = None,
         layer_weights: Sequence[float] | None = None,
         distance: str | None = None,
         weight: Tensor | None = None,
@@ -86,7 +87,7 @@ class SemedaLoss(Float32Buffers):
         super().__init__()
         checks.check_options(
             lambda_ce=lambda_ce,
-            lambda_semeda=lambda_semeda,
+            lambda_semeda=0.0 if lambda_semeda is None else lambda_semeda,
             distance=distance,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -101,12 +102,12 @@ class SemedaLoss(Float32Buffers):
         self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
         for name in ("lambda_ce", "lambda_semeda"):
             self.register_buffer(f"_{name}_tensor", None, persistent=False)
+        self.distance = self.proxy.distance if distance is None else distance
         self.lambda_ce = lambda_ce
-        self.lambda_semeda = lambda_semeda
+        self.lambda_semeda = default_lambda(self.distance) if lambda_semeda is None else lambda_semeda
         self.layer_weights = check_layer_weights(
             self.proxy.layer_weights if layer_weights is None else layer_weights, self.proxy.num_layers
         )
-        self.distance = self.proxy.distance if distance is None else distance
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction

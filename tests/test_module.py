@@ -22,6 +22,21 @@ def criterion_of(case: Case, **options: object) -> SemedaLoss:
     return SemedaLoss(make_proxy(), **options).to(case.device)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("distance", "value"), [(None, 0.1), ("l1", 0.1), ("smooth_l1", 0.05), ("l2", 0.03)])
+def test_the_default_weight_of_the_term_is_that_of_its_distance(distance: str | None, value: float) -> None:
+    proxy = make_proxy()
+    criterion = SemedaLoss(proxy, distance=distance)
+    assert criterion.lambda_semeda == value
+    logits, target = torch.randn(1, proxy.num_classes, 9, 9), torch.randint(0, proxy.num_classes, (1, 9, 9))
+    expected = SemedaLoss(proxy, distance=distance, lambda_semeda=value)(logits, target)
+    assert torch.equal(criterion(logits, target), expected)
+    assert torch.equal(semeda_loss(logits, target, proxy, distance=distance), expected)
+    of_the_proxy = make_proxy(distance="l2")
+    assert SemedaLoss(of_the_proxy).lambda_semeda == 0.03
+    with pytest.raises(ValueError, match="distance"):
+        SemedaLoss(proxy, distance="l3")
+
+
 def test_no_parameters_and_an_empty_state_dict(case: Case) -> None:
     criterion = criterion_of(case, lambda_semeda=torch.tensor(0.3))
     assert list(criterion.parameters()) == []
