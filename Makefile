@@ -39,7 +39,7 @@ sanitize: $(VENV)/.stamp-python  ## Run the CPU kernels on odd shapes under the 
 demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes, print a table, draw a picture
 	$(BIN)/python examples/demo.py \
 	  $(if $(IMAGES),--images "$(IMAGES)") $(if $(MASKS),--masks "$(MASKS)") \
-	  $(if $(NUM_CLASSES),--num-classes $(NUM_CLASSES)) $(if $(IGNORE_INDEX),--ignore-index $(IGNORE_INDEX))
+	  $(if $(NUM_CLASSES),--num-classes $(NUM_CLASSES)) $(if $(IGNORE_INDEX),--ignore-index $(IGNORE_INDEX)) $(DEMO_ARGS)
 
 bench: $(VENV)/.stamp-dev  ## Measure the quick set (under 5 minutes on 2 cores); report and plots in build/bench/quick
 	$(BIN)/python -m benchmarks run --quick $(BENCH_ARGS)

@@ -210,7 +210,7 @@ def _steps(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> lis
         for network in CPU_NETWORKS:
             # The paper's two settings; the second under one allocator, which is what the difference is not about.
             for allocator in allocators if workload is voc else allocators[-1:]:
-                case = step_case(network, workload, threads, Budget(45.0, 7, 30))
+                case = step_case(network, workload, threads, Budget(45.0, 5, 30))
                 plans.append(Plan(f"step-{network}-{workload.dataset}-{allocator}", (case,), allocator))
     return plans + _step_memory(CPU_NETWORKS, voc, threads, fused)
 

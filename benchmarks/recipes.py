@@ -50,13 +50,22 @@ L2 = ("--distance", "l2")
 RECIPES = (
     Recipe("ce", "cross-entropy", ("--loss", "ce")),
     _late("ce", "r01", "last third, ramp to 0.1 at the end", "--lambda-semeda", 0.1, ramp=10),
-    _late("ce", "c-l2-003", "last third, 0.03, L2", "--lambda-semeda", 0.03, *L2),
+    _late("ce", "c-l2-01", "last third, 0.1, L2", "--lambda-semeda", 0.1, *L2),
     Recipe("wce", "class-weighted cross-entropy", ("--loss", "ce", "--class-weights", "enet")),
     _late("wce", "w-all-03", "last third, 0.3", "--lambda-semeda", 0.3),
     _late("wce", "w-l3-03", "last third, 0.3, layer 3 alone", "--lambda-semeda", 0.3, *L3),
     _late("wce", "w-l3-1", "last third, 1.0, layer 3 alone", "--lambda-semeda", 1.0, *L3),
     _late("wce", "w-l2-003", "last third, 0.03, L2", "--lambda-semeda", 0.03, *L2),
     _late("wce", "w-l2-01", "last third, 0.1, L2", "--lambda-semeda", 0.1, *L2),
+    _late(
+        "wce",
+        "w-l2-proxy",
+        "last third, 0.03, L2, proxy trained on CamVid",
+        "--lambda-semeda",
+        0.03,
+        *L2,
+        trained_proxy=True,
+    ),
     Recipe(
         "w-l2-early",
         "from epoch 3 on, 0.03, L2",
