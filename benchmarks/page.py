@@ -64,18 +64,13 @@ def _overhead(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
         parts.append("**This run is not complete.**\n")
     device = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} threads"
     parts.append(f"{device}; torch {facts['torch']}; {run.created[:10]}, commit {facts['commit'] or 'unknown'}.\n")
-    conditions = dict.fromkeys((g[0]["workload"]["dataset"], g[0]["allocator"]) for g in grouped.values())
-    for dataset, allocator in conditions:
-        chosen = [
-            group
-            for group in grouped.values()
-            if (group[0]["workload"]["dataset"], group[0]["allocator"]) == (dataset, allocator)
-        ]
+    for (name, allocator), chosen in tables.conditions(grouped.values()).items():
         some = chosen[0][0]["workload"]
         size = f"{some['batch']}x{some['height']}x{some['width']}"
-        title = f"{dataset} ({some['num_classes']} classes), {size}, {allocator} malloc"
+        distance = {"l1": "L1", "l2": "L2", "smooth_l1": "smooth L1"}[some.get("distance", "l1")]
+        title = f"{some['dataset']} ({some['num_classes']} classes), {distance}, {size}, {allocator} malloc"
         parts += [f"#### {title}\n", markdown(*_overhead_table(chosen))]
-        path = pictures / f"overhead-{folder.name}-{dataset}-{allocator}.png"
+        path = pictures / f"overhead-{folder.name}-{name}-{allocator}.png"
         plots.draw_overhead(chosen, f"overhead of SEMEDA in a training step: {title}", path)
         written.append(path)
         parts.append(f"![overhead, {title}](results/{path.name})\n")

@@ -212,6 +212,8 @@ def _steps(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> lis
             for allocator in allocators if workload is voc else allocators[-1:]:
                 case = step_case(network, workload, threads, Budget(45.0, 5, 30))
                 plans.append(Plan(f"step-{network}-{workload.dataset}-{allocator}", (case,), allocator))
+    squares = step_case(CPU_NETWORKS[0], voc.replace(distance="l2"), threads, Budget(45.0, 5, 30))
+    plans.append(Plan(f"step-{CPU_NETWORKS[0]}-voc-l2-{allocators[-1]}", (squares,), allocators[-1]))
     return plans + _step_memory(CPU_NETWORKS, voc, threads, fused)
 
 

@@ -255,27 +255,19 @@ def step_parts(run: Run, folder: Path) -> list[str]:
         "loss's own time: the same difference taken between the logits and their gradient only. Peak memory: that of "
         "one step above weights, optimizer state and batch, in a process of its own, default malloc.\n"
     ]
-    allocators = dict.fromkeys(group[0]["allocator"] for group in found.values())
-    for dataset in dict.fromkeys(group[0]["workload"]["dataset"] for group in found.values()):
-        for allocator in allocators:
-            chosen = [
-                group
-                for group in found.values()
-                if (group[0]["workload"]["dataset"], group[0]["allocator"]) == (dataset, allocator)
-            ]
-            if not any(record["status"] == "ok" for group in chosen for record in group):
-                continue
-            some = chosen[0][0]
-            title = f"{dataset}, {allocator} malloc, {some['threads']} threads"
-            picture = f"overhead-{dataset}-{allocator}.png"
-            plots.draw_overhead(chosen, f"overhead of SEMEDA in a training step: {title}", folder / picture)
-            parts.append(f"### {title}\n\n![{title}]({picture})\n")
-            for group in chosen:
-                record = group[0]
-                labels = labels_text(record["labels"]) if "labels" in record else ""
-                size = f"{record['parameters'] / 1e6:.1f} M weights, " if "parameters" in record else ""
-                parts.append(f"**{record['title_network']}**, {size}{record['workload_name']}. {labels}\n")
-                parts.append(markdown(*tables.step_table(group, peaks)))
+    for (name, allocator), chosen in tables.conditions(found.values()).items():
+        if not any(record["status"] == "ok" for group in chosen for record in group):
+            continue
+        title = f"{name}, {allocator} malloc, {chosen[0][0]['threads']} threads"
+        picture = f"overhead-{name}-{allocator}.png"
+        plots.draw_overhead(chosen, f"overhead of SEMEDA in a training step: {title}", folder / picture)
+        parts.append(f"### {title}\n\n![{title}]({picture})\n")
+        for group in chosen:
+            record = group[0]
+            labels = labels_text(record["labels"]) if "labels" in record else ""
+            size = f"{record['parameters'] / 1e6:.1f} M weights, " if "parameters" in record else ""
+            parts.append(f"**{record['title_network']}**, {size}{record['workload_name']}. {labels}\n")
+            parts.append(markdown(*tables.step_table(group, peaks)))
     return parts
 
 

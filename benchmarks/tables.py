@@ -298,6 +298,17 @@ def loss_part(record: Record, group: Sequence[Record]) -> float | None:
     return (quartiles(record["loss_seconds"])[1] - quartiles(plain["loss_seconds"])[1]) / median(plain)
 
 
+def conditions(grouped: Iterable[list[Record]]) -> dict[tuple[str, str], list[list[Record]]]:
+    """Groups of training steps by data set (and distance, where it is not L1), such as "voc-l2", and allocator."""
+    found: dict[tuple[str, str], list[list[Record]]] = {}
+    for group in grouped:
+        workload = group[0]["workload"]
+        distance = workload.get("distance", "l1")
+        name = workload["dataset"] if distance == "l1" else f"{workload['dataset']}-{distance}"
+        found.setdefault((name, group[0]["allocator"]), []).append(group)
+    return found
+
+
 def step_table(group: Sequence[Record], peaks: Iterable[Record] = ()) -> tuple[list[str], Rows]:
     """Rows of contenders: a whole training step, what it costs above cross-entropy alone, images a second, memory.
 

@@ -46,6 +46,7 @@ class Workload:
         labels: a kind from `labels.KINDS`.
         batch, height, width: N, H, W in pixels.
         mode: "multiclass" or "binary".
+        distance: of the SEMEDA term: "l1", "l2" or "smooth_l1".
     """
 
     dataset: str
@@ -57,6 +58,7 @@ class Workload:
     height: int = 512
     width: int = 512
     mode: str = "multiclass"
+    distance: str = "l1"
 
     def __post_init__(self) -> None:
         if self.proxy not in PROXIES:
@@ -68,7 +70,8 @@ class Workload:
     def name(self) -> str:
         """Such as "voc-default-float32-2x512x512-camvid"; unique, and the same in every run."""
         data = self.dataset if self.dataset != "custom" else f"c{self.num_classes}"
-        return f"{data}-{self.proxy}-{self.dtype}-{self.batch}x{self.height}x{self.width}-{self.labels}"
+        proxy = self.proxy if self.distance == "l1" else f"{self.proxy}-{self.distance}"
+        return f"{data}-{proxy}-{self.dtype}-{self.batch}x{self.height}x{self.width}-{self.labels}"
 
     @property
     def pixels(self) -> int:
@@ -147,10 +150,14 @@ class Inputs:
 
 def make_proxy(workload: Workload) -> EdgeProxy:
     """The proxy of a workload, the same on every machine."""
-    if workload.proxy == "default":
-        return EdgeProxy.bundled(workload.num_classes)
     widths, last = PROXIES[workload.proxy]
-    return EdgeProxy(workload.num_classes, widths, edge_classes=last, seed=0)
+    if workload.proxy != "default":
+        return EdgeProxy(workload.num_classes, widths, edge_classes=last, seed=0, distance=workload.distance)
+    proxy = EdgeProxy.bundled(workload.num_classes)
+    if workload.distance == proxy.distance:
+        return proxy
+    parts = (proxy.layers, proxy.weights, proxy.biases)
+    return EdgeProxy.from_tensors(*parts, tap=proxy.tap, distance=workload.distance, scales=proxy.scales)
 
 
 def make_inputs(workload: Workload, device: str = "cpu") -> Inputs:

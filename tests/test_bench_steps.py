@@ -14,11 +14,12 @@ from semeda_fast import backends, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import networks, plans, report, steps, tables, worker
+from benchmarks import networks, oracle, plans, report, steps, tables, worker
+from benchmarks.contenders import contenders
 from benchmarks.plans import Plan
 from benchmarks.runner import Run
 from benchmarks.timing import Budget
-from benchmarks.workloads import named
+from benchmarks.workloads import make_inputs, named
 
 WORKLOAD = named("camvid", labels="random", batch=2, height=32, width=32)
 
@@ -98,6 +99,18 @@ def test_a_wrong_backend_gets_no_time_in_a_step(monkeypatch: pytest.MonkeyPatch)
         )
     assert not any(name.endswith("_cl") for name in records)
     assert tables.overhead(records["off_by_one_percent"], list(records.values())) is None
+
+
+def test_a_workload_of_another_distance_is_checked_with_it() -> None:
+    squares = WORKLOAD.replace(distance="l2")
+    assert squares.name == "camvid-default-l2-float32-2x32x32-random"
+    inputs, plain = make_inputs(squares), make_inputs(WORKLOAD)
+    assert (inputs.proxy.distance, plain.proxy.distance) == ("l2", "l1")
+    assert inputs.proxy.layer_scales("l2") == plain.proxy.layer_scales("l2")
+    truth, other = oracle.compute_oracle(inputs), oracle.compute_oracle(plain)
+    function = contenders()["reference"].make(inputs, "aot_eager")
+    assert oracle.check(function, inputs.leaf("nchw"), inputs, truth, "loss").ok
+    assert not oracle.check(function, inputs.leaf("nchw"), inputs, other, "loss").ok
 
 
 def record(contender: str, seconds: list[float], loss: list[float] | None, **more: Any) -> dict[str, Any]:
