@@ -24,6 +24,7 @@ TERMS: dict[str, tuple[tuple[float, ...] | None, str | None]] = {
     "layer 1": ((1, 0, 0), None),
     "layer 2": ((0, 1, 0), None),
     "layer 3": ((0, 0, 1), None),
+    "all layers, smooth l1": (None, "smooth_l1"),
     "all layers, l2": (None, "l2"),
 }
 

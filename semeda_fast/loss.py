@@ -33,7 +33,8 @@ class SemedaLoss(Float32Buffers):
             `criterion.lambda_semeda` between steps for a schedule; under torch.compile a number recompiles,
             a tensor changed in place (`criterion.lambda_semeda.fill_(0.3)`) does not. Default: 0.1 for "l1", 0.05
             for "smooth_l1", 0.03 for "l2", with which the term pulls about as strongly as cross-entropy does
-            in a trained network. Begin late in the training: docs/results.md says why, `schedule.ramp` helps.
+            in a trained network. docs/results.md says when it helps, and why to begin it after the first epochs
+            (`schedule.ramp`).
         layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
         distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
         weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss; the SEMEDA term is not weighted.

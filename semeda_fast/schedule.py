@@ -10,8 +10,8 @@ def ramp(position: float, start: float, length: float, power: float = 1.0) -> fl
 
     That is clamp((position - start) / length, 0, 1)^power.
 
-    SEMEDA sharpens borders of classes that a network knows and slows down the learning of those that it does not, so
-    it is best begun late (docs/results.md); a short ramp keeps the loss from jumping.
+    SEMEDA hardly pulls at classes that a network does not find yet, and early on pulls beside the point (docs/results.md),
+    so let cross-entropy go ahead; a ramp keeps the loss from jumping.
 
     Args:
         position: how far the training is, such as the step.
@@ -24,7 +24,7 @@ def ramp(position: float, start: float, length: float, power: float = 1.0) -> fl
     Example:
         >>> criterion.lambda_semeda = torch.tensor(0.0, device=device)  # a tensor: torch.compile compiles once
         >>> for step, (images, target) in enumerate(loader):
-        >>>     criterion.lambda_semeda.fill_(0.3 * ramp(step, start=2 / 3 * steps, length=steps / 15))
+        >>>     criterion.lambda_semeda.fill_(0.03 * ramp(step, start=0.1 * steps, length=0.1 * steps))
     """
     if not all(math.isfinite(value) for value in (position, start, length, power)):
         raise ValueError(f"ramp expects finite numbers, got {(position, start, length, power)}")
