@@ -10,8 +10,8 @@ def ramp(position: float, start: float, length: float, power: float = 1.0) -> fl
 
     That is clamp((position - start) / length, 0, 1)^power.
 
-    SEMEDA hardly pulls at classes that a network does not find yet, and early on pulls beside the point (docs/results.md),
-    so let cross-entropy go ahead; a ramp keeps the loss from jumping.
+    SEMEDA hardly pulls at classes that a network does not find yet (docs/results.md), so let cross-entropy go ahead; a
+    ramp keeps the loss from jumping.
 
     Args:
         position: how far the training is, such as the step.
