@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "params.h"
@@ -26,18 +27,29 @@ inline View make_view(std::uintptr_t address, int dtype, const std::array<std::i
     return view;
 }
 
-// [out, in, k, k] weight and [out] bias, fp32 and contiguous, that outlive the parameters.
-inline void add_layer(LossParams& p, std::uintptr_t weight, std::uintptr_t bias, int out, int in, int ksize,
-                      double inverse, double coefficient) {
+inline void add_layer(LossParams& p, int out, int in, int ksize, double inverse, double coefficient) {
     if (p.layers == MAX_LAYERS) throw py::value_error("a proxy has at most 8 layers here");
     Layer& layer = p.layer[p.layers++];
     layer.in = in;
     layer.out = out;
     layer.ksize = ksize;
-    layer.weight = pointer<const float>(weight);
-    layer.bias = pointer<const float>(bias);
     layer.inverse = static_cast<float>(inverse);
     layer.coefficient = static_cast<float>(coefficient);
+}
+
+// The proxy's memory: all weights [out, in, k, k], then all biases [out], fp32, which outlives the
+// parameters.
+inline void set_proxy(LossParams& p, std::uintptr_t address) {
+    const float* next = pointer<const float>(address);
+    for (int l = 0; l < p.layers; ++l) {
+        p.layer[l].weight = next;
+        next +=
+            static_cast<std::ptrdiff_t>(p.layer[l].out) * p.layer[l].in * p.layer[l].ksize * p.layer[l].ksize;
+    }
+    for (int l = 0; l < p.layers; ++l) {
+        p.layer[l].bias = next;
+        next += p.layer[l].out;
+    }
 }
 
 // Python knows tensors by address; a property of a pointer type is set from one.
@@ -55,6 +67,7 @@ inline py::class_<LossParams> define_params(py::module_& module) {
     py::class_<LossParams> params(module, "LossParams", py::module_local(),
                                   "One computation of the loss; see csrc/params.h.");
     params.def(py::init<>())
+        .def(py::init<const LossParams&>(), "A copy.")
         .def_readwrite("n", &LossParams::n)
         .def_readwrite("h", &LossParams::h)
         .def_readwrite("w", &LossParams::w)
@@ -78,7 +91,8 @@ inline py::class_<LossParams> define_params(py::module_& module) {
         .def_property(
             "distance", [](const LossParams& p) { return static_cast<int>(p.distance); },
             [](LossParams& p, int distance) { p.distance = static_cast<Distance>(distance); })
-        .def("add_layer", &add_layer);
+        .def("add_layer", &add_layer)
+        .def("set_proxy", &set_proxy);
     def_address(params, "class_weight", &LossParams::class_weight);
     def_address(params, "ce_map", &LossParams::ce_map);
     def_address(params, "semeda_map", &LossParams::semeda_map);

@@ -3,6 +3,9 @@
 // Tensors arrive as addresses, sizes and strides, so one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
 #include <string>
 
 #include "bind_params.h"
@@ -75,13 +78,32 @@ py::dict cpu_features() {
     return flags;
 }
 
+// Forward, with its terms put where torch has its tensors: `to` holds the addresses of ce, semeda, per_layer,
+// ce_weight and valid_count; 0 for a map, which the kernels write themselves. Returns how many labels are no
+// class.
+std::int64_t cpu_forward(const semeda_fast::LossParams& given, const std::array<std::uintptr_t, 5>& to) {
+    using semeda_fast::pointer;
+    float terms[3 + semeda_fast::MAX_LAYERS] = {};
+    std::int64_t counts[2] = {};
+    semeda_fast::LossParams p = given;
+    p.terms = terms;
+    p.counts = counts;
+    semeda_fast::forward(p);
+    if (to[0]) *pointer<float>(to[0]) = terms[0];
+    if (to[1]) *pointer<float>(to[1]) = terms[1];
+    std::copy_n(terms + 3, p.layers, pointer<float>(to[2]));
+    *pointer<float>(to[3]) = terms[2];
+    *pointer<std::int64_t>(to[4]) = counts[0];
+    return counts[1];
+}
+
 void define_cpu(py::module_& module) {
     semeda_fast::define_params(module)
         .def("code_bytes_per_row", &semeda_fast::code_bytes_per_row)
         .def("saved_floats_per_row", &semeda_fast::saved_floats_per_row);
 
     const py::call_guard<py::gil_scoped_release> unlocked;
-    module.def("cpu_forward", &semeda_fast::forward, unlocked, "Cross-entropy, distances and codes.");
+    module.def("cpu_forward", &cpu_forward, unlocked, "Cross-entropy, distances and codes.");
     module.def("cpu_backward", &semeda_fast::backward, unlocked, "The gradient of the logits.");
     module.def("has_bad_label", &semeda_fast::has_bad_label, unlocked,
                "Whether a valid pixel's label is no class.");

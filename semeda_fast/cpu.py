@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import FusedConfig
-from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, why_not_taken
+from .fused import FusedOps, Outputs, Problem, Saved, name_bad_labels, why_not_taken
 from .native import native_info, native_module
 from .params import add_gradients, fill
 from .spec import LossSpec
@@ -67,24 +67,16 @@ def _saved(logits: Tensor, config: FusedConfig) -> Saved:
 def _forward(problem: Problem, outputs: Outputs) -> None:
     config = problem.config
     params, keep = _params(problem)
-    terms = torch.empty(3 + len(config.sizes), dtype=torch.float32)
-    counts = torch.empty(2, dtype=torch.int64)
-    params.terms, params.counts = terms.data_ptr(), counts.data_ptr()
     if outputs.codes.numel():
         params.codes, params.saved_d = outputs.codes.data_ptr(), outputs.saved_d.data_ptr()
+    addresses = [tensor.data_ptr() for tensor in outputs[:5]]
     if config.per_pixel:
-        params.ce_map, params.semeda_map = outputs.ce.data_ptr(), outputs.semeda.data_ptr()
-    native_module().cpu_forward(params)
+        params.ce_map, params.semeda_map = addresses[:2]
+        addresses[:2] = 0, 0
+    bad = native_module().cpu_forward(params, addresses)
     del keep
-    ce, semeda, ce_weight = terms[:3].tolist()
-    if config.check_labels:
-        assert_labels(problem, counts[1])
-    if not config.per_pixel:
-        outputs.ce.fill_(ce)
-        outputs.semeda.fill_(semeda)
-    outputs.per_layer.copy_(terms[3:])
-    outputs.ce_weight.fill_(ce_weight)
-    outputs.valid_count.fill_(int(counts[0]))
+    if bad and config.check_labels:
+        name_bad_labels(problem)
 
 
 def _backward(

@@ -96,16 +96,18 @@ def semeda_loss(
         target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
     chosen = proxy.distance if distance is None else distance
     layers = proxy.layers
+    # The operator keeps the checks and the choice of a backend out of the compiler's sight.
+    run = torch.ops.semeda_fast.loss_terms if torch.compiler.is_compiling() else ops.loss_terms
     terms = LossTerms(
-        *torch.ops.semeda_fast.loss_terms(
+        *run(
             logits,
             target,
             valid_mask,
             weight,
             proxy.weights,
             proxy.biases,
-            list(proxy.layer_weights if layer_weights is None else check_layer_weights(layer_weights, len(layers))),
-            list(proxy.layer_scales(chosen)),
+            proxy.layer_weights if layer_weights is None else check_layer_weights(layer_weights, len(layers)),
+            proxy.layer_scales(chosen),
             [layer.stride for layer in layers],
             [layer.dilation for layer in layers],
             [layer.pool for layer in layers],
@@ -120,16 +122,18 @@ def semeda_loss(
             backend,
         )
     )
+    count = terms.valid_count if empty == "nan" else terms.valid_count.clamp(min=1)
     ce, semeda = terms.ce, terms.semeda
-    count = terms.valid_count.to(ce.dtype) if empty == "nan" else terms.valid_count.clamp(min=1).to(ce.dtype)
-    if reduction == "mean":
-        # Without class weights both are means over the valid pixels.
-        plain = weight is None or target.is_floating_point()
-        ce = ce / (count if plain else _divisor(terms.ce_weight, empty))
-        semeda = semeda / count
+    plain = reduction == "mean" and (weight is None or target.is_floating_point())
+    if reduction == "mean" and not plain:
+        ce, semeda = ce / _divisor(terms.ce_weight, empty), semeda / count
     # In the terms' dtype: a float64 schedule tensor must not turn the loss into float64.
-    loss = _factor(lambda_ce, ce) * ce + _factor(lambda_semeda, ce) * semeda
+    loss = _scaled(ce, lambda_ce) + _scaled(semeda, lambda_semeda)
+    if plain:  # both are means over the valid pixels: one division, since each step costs microseconds
+        loss = loss / count
     if return_components:
+        if plain:
+            ce, semeda = ce.detach() / count, semeda.detach() / count
         per_layer = terms.per_layer if reduction == "sum" else terms.per_layer / count
         return LossComponents(loss, ce.detach(), semeda.detach(), per_layer, terms.valid_count)
     return loss
@@ -145,8 +149,7 @@ def _divisor(count: Tensor, empty: str) -> Tensor:
     return count if empty == "nan" else torch.where(count > 0, count, 1.0)
 
 
-def _factor(value: float | Tensor, like: Tensor) -> float | Tensor:
-    return value.to(like.dtype).reshape(()) if isinstance(value, Tensor) else value
-
-
-assert ops  # importing it registers the operator
+def _scaled(term: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor.to(term.dtype).reshape(()) * term
+    return term if factor == 1.0 else factor * term

@@ -75,15 +75,20 @@ def assert_labels(problem: Problem, bad: Tensor) -> None:
     """
     if bad.device.type == "cpu":
         if int(bad):
-            config = problem.config
-            spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
-            check_labels(problem.logits, problem.target, problem.valid, spec)
+            name_bad_labels(problem)
         return
     torch._assert_async(
         bad == 0,
         "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
         "run once with validate='always' to see which",
     )
+
+
+def name_bad_labels(problem: Problem) -> None:
+    """Raise the ValueError of the checks for a target that holds labels which are no class."""
+    config = problem.config
+    spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
+    check_labels(problem.logits, problem.target, problem.valid, spec)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -176,9 +181,12 @@ class FusedOps:
         """The terms of `reference.loss_terms`, for arguments that passed its checks."""
         save = torch.is_grad_enabled() and logits.requires_grad
         # One flat tensor: an operator with a list of tensors costs half a millisecond more a call.
-        flat = torch.cat([tensor.reshape(-1).to(torch.float32) for tensor in (*weights, *biases)])
-        config = config_text(weights, spec, check_labels)
-        return LossTerms(*self._forward_op(logits, target, valid, class_weight, flat, config, save)[:5])
+        flat = torch.cat([tensor.reshape(-1) for tensor in (*weights, *biases)]).to(torch.float32)
+        inputs = (logits, target, valid, class_weight, flat, config_text(weights, spec, check_labels), save)
+        if not save or torch.compiler.is_compiling():
+            return LossTerms(*self._forward_op(*inputs)[:5])
+        function = _Functional if torch._C._are_functorch_transforms_active() else _Eager
+        return LossTerms(*function.apply(self, *inputs)[:5])
 
     def outputs(self, logits: Tensor, config: FusedConfig, save: bool) -> Outputs:
         """Fresh memory for everything that forward returns."""
@@ -248,18 +256,12 @@ class FusedOps:
         zero = logits.new_zeros((), dtype=torch.float32) if d_ce is None or d_semeda is None else None
         if ctx.per_pixel and zero is not None:
             zero = zero.expand(logits.shape[0], *logits.shape[2:])
-        d_logits = self._backward_op(
-            zero if d_ce is None else d_ce,
-            zero if d_semeda is None else d_semeda,
-            logits,
-            target,
-            valid,
-            class_weight,
-            flat,
-            codes,
-            saved_d,
-            ctx.config,
-        )
+        d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
+        inputs = (d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d, ctx.config)
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            d_logits = self._backward_op(*inputs)
+        else:
+            d_logits = _FunctionalBackward.apply(self, *inputs)
         return d_logits, None, None, None, None, None, None
 
     def _no_second_derivative(self, ctx: Any, *_: Tensor) -> None:
@@ -267,6 +269,52 @@ class FusedOps:
             f"the fused backend {self.name!r} has no second derivative; use SemedaLoss(backend='reference'), "
             "which has all of them"
         )
+
+
+class _Eager(torch.autograd.Function):
+    """What `register_autograd` makes of the operators, without its walk through the schema: 50 us a call."""
+
+    @staticmethod
+    def forward(ctx: Any, operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = operators._forward_op(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.operators = operators
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return (None, *ctx.operators._differentiate(ctx, *gradients))
+
+
+class _Functional(_Eager):
+    """The same in the form that torch.func asks for, which costs 20 us more."""
+
+    @staticmethod
+    def forward(operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        output: tuple[Tensor, ...] = operators._forward_op(*inputs)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup_context(ctx, inputs[1:], output)
+        ctx.operators = inputs[0]
+
+
+class _FunctionalBackward(torch.autograd.Function):
+    """The gradient under torch.func, which always asks for one that could be differentiated again."""
+
+    @staticmethod
+    def forward(operators: FusedOps, *inputs: Any) -> Tensor:
+        d_logits: Tensor = operators._backward_op(*inputs)
+        return d_logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operators = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        ctx.operators._no_second_derivative(ctx)
 
 
 def _fake_backward(d_ce: Tensor, d_semeda: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .spec import DISTANCES, TAPS
 
 def describe(module: Any, config: FusedConfig, dtype: torch.dtype) -> Any:
     """LossParams of a native module for one pixel of logits of that dtype, without any address."""
-    params = _settings(module, config, 0)
+    params = module.LossParams(_settings(module, config))
     params.n = params.h = params.w = 1
     params.logits = module.View(0, dtype_code(dtype), [0, 0, 0, 0])
     params.target = module.View(0, dtype_code(torch.int64), [0, 0, 0, 0])
@@ -34,7 +35,8 @@ def fill(module: Any, problem: Problem) -> tuple[Any, list[Tensor]]:
         keep.append(tensor.detach().to(torch.float32).contiguous())
         return keep[-1]
 
-    params = _settings(module, config, flat.data_ptr())
+    params = module.LossParams(_settings(module, config))
+    params.set_proxy(flat.data_ptr())
     params.n, _, params.h, params.w = logits.shape
     params.logits = tensor_view(module, logits)
     params.soft = target.is_floating_point()
@@ -56,8 +58,9 @@ def add_gradients(module: Any, params: Any, d_ce: Tensor, d_semeda: Tensor, d_lo
     params.d_logits = tensor_view(module, d_logits)
 
 
-def _settings(module: Any, config: FusedConfig, flat: int) -> Any:
-    """The configuration; `flat` is the address of the proxy's weights and biases, or 0: layers without addresses."""
+@functools.lru_cache(maxsize=256)
+def _settings(module: Any, config: FusedConfig) -> Any:
+    """The configuration, without any address; to be copied."""
     params = module.LossParams()
     params.classes = config.channels[0]
     params.binary = config.mode == "binary"
@@ -65,13 +68,8 @@ def _settings(module: Any, config: FusedConfig, flat: int) -> Any:
     params.label_smoothing = config.label_smoothing
     params.tap = TAPS.index(config.tap)
     params.distance = DISTANCES.index(config.distance)
-    weight = flat
-    bias = flat + 4 * (config.parameters - sum(config.channels[1:])) if flat else 0
     shapes = zip(config.channels, config.channels[1:], config.sizes, strict=False)
     for (before, out, size), w, s in zip(shapes, config.layer_weights, config.layer_scales, strict=True):
         inverse = 1 / (out * s)
-        params.add_layer(weight, bias, out, before, size, inverse, w * inverse)
-        if flat:
-            weight += 4 * out * before * size * size
-            bias += 4 * out
+        params.add_layer(out, before, size, inverse, w * inverse)
     return params

@@ -197,6 +197,17 @@ def test_opcheck(case: Case, per_pixel: bool, labels: torch.dtype) -> None:
     assert set(torch.library.opcheck(torch.ops.semeda_fast.check_values.default, check).values()) == {"SUCCESS"}
 
 
+def test_gradients_by_torch_func(case: Case) -> None:
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    logits, target = make_inputs(device=case.device)
+    _, expected = value_and_grad(criterion, logits, target)
+    gradient = torch.func.grad(lambda x: criterion(x, target))
+    assert torch.equal(gradient(logits.detach()), expected)
+    if case.backend != "reference":
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.func.grad(lambda x: gradient(x).square().sum())(logits.detach())
+
+
 def test_two_runs_are_bit_equal(case: Case) -> None:
     logits, target = make_inputs(n=3, h=65, w=67, device=case.device)
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)

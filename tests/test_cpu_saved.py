@@ -29,7 +29,7 @@ def test_python_and_the_kernels_agree_on_what_is_saved(tap: str, distance: str, 
         params.tap, params.distance = TAPS.index(tap), DISTANCES.index(distance)
         before = 4
         for out, size in layers:
-            params.add_layer(0, 0, out, before, size, 1.0, 1.0)
+            params.add_layer(out, before, size, 1.0, 1.0)
             before = out
         channels = [out for out, _ in layers]
         assert cpu.code_bytes(channels, width, tap, distance) == params.code_bytes_per_row()
