@@ -23,8 +23,8 @@ class Recipe:
         options: of examples/train.py, beside TRAINING.
         base: name of the recipe it is compared with; "" for one of those.
         branch: name of the recipe whose checkpoint after BRANCH_EPOCH epochs it starts from; "": from the beginning.
-        trained_proxy: with a proxy trained on CamVid's training masks in the place of the bundled one.
-        control: whether it has no SEMEDA term, and shows what something else does instead.
+        proxy: one of study_proxies.PROXIES; "": the bundled one.
+        control: whether it shows what something else than SEMEDA does.
     """
 
     name: str
@@ -33,47 +33,82 @@ class Recipe:
     base: str = ""
     branch: str = ""
     control: bool = False
-    trained_proxy: bool = False
+    proxy: str = ""
 
 
 def _late(
-    base: str, name: str, title: str, *options: str | int | float, ramp: float = 2, trained_proxy: bool = False
+    base: str,
+    name: str,
+    title: str,
+    *options: str | int | float,
+    ramp: float = 2,
+    proxy: str = "",
+    control: bool = False,
 ) -> Recipe:
     """SEMEDA in the last third of the training: what comes before is the base's."""
     term = ("--loss", "ce+semeda", "--semeda-start", BRANCH_EPOCH, "--semeda-ramp", ramp, *options)
     weights = ("--class-weights", "enet") if base == "wce" else ()
-    return Recipe(name, title, (*term, *weights), base, base, trained_proxy=trained_proxy)
+    return Recipe(name, title, (*term, *weights), base, base, control, proxy)
+
+
+def _weight(value: float) -> tuple[str, float]:
+    return ("--lambda-semeda", value)
 
 
 L3 = ("--layer-weights", "0,0,1")
 L2 = ("--distance", "l2")
 RECIPES = (
     Recipe("ce", "cross-entropy", ("--loss", "ce")),
-    _late("ce", "r01", "last third, ramp to 0.1 at the end", "--lambda-semeda", 0.1, ramp=10),
-    _late("ce", "c-l2-01", "last third, 0.1, L2", "--lambda-semeda", 0.1, *L2),
+    _late("ce", "r01", "last third, ramp to 0.1 at the end", *_weight(0.1), ramp=10),
+    _late("ce", "c-l2-01", "last third, 0.1, L2", *_weight(0.1), *L2),
     Recipe("wce", "class-weighted cross-entropy", ("--loss", "ce", "--class-weights", "enet")),
-    _late("wce", "w-all-03", "last third, 0.3", "--lambda-semeda", 0.3),
-    _late("wce", "w-l3-03", "last third, 0.3, layer 3 alone", "--lambda-semeda", 0.3, *L3),
-    _late("wce", "w-l3-1", "last third, 1.0, layer 3 alone", "--lambda-semeda", 1.0, *L3),
-    _late("wce", "w-l2-003", "last third, 0.03, L2", "--lambda-semeda", 0.03, *L2),
-    _late("wce", "w-l2-01", "last third, 0.1, L2", "--lambda-semeda", 0.1, *L2),
+    _late("wce", "w-all-01", "last third, 0.1", *_weight(0.1)),
+    _late("wce", "w-all-03", "last third, 0.3", *_weight(0.3)),
+    _late("wce", "w-l3-03", "last third, 0.3, layer 3 alone", *_weight(0.3), *L3),
+    _late("wce", "w-l3-1", "last third, 1.0, layer 3 alone", *_weight(1.0), *L3),
+    _late("wce", "w-l2-003", "last third, 0.03, L2", *_weight(0.03), *L2),
+    _late("wce", "w-l2-01", "last third, 0.1, L2", *_weight(0.1), *L2),
+    # Other proxies, with the weight at which they pull as hard as the bundled one does with 0.03.
+    _late("wce", "w-l2-proxy", "last third, L2, proxy trained on CamVid, 0.01", *_weight(0.01), *L2, proxy="camvid"),
     _late(
         "wce",
-        "w-l2-proxy",
-        "last third, 0.03, L2, proxy trained on CamVid",
-        "--lambda-semeda",
-        0.03,
-        *L2,
-        trained_proxy=True,
+        "w-l2-plain",
+        "last third, L2, proxy trained on CamVid without noise and temperature, 0.03",
+        *(*_weight(0.03), *L2),
+        proxy="camvid-plain",
     ),
+    _late("wce", "w-l2-post", "last third, L2, taps behind the ReLU, 0.0175", *_weight(0.0175), *L2, proxy="post"),
     Recipe(
         "w-l2-early",
         "from epoch 3 on, 0.03, L2",
         (
-            *("--loss", "ce+semeda", "--class-weights", "enet", "--lambda-semeda", 0.03, *L2),
+            *("--loss", "ce+semeda", "--class-weights", "enet", *_weight(0.03), *L2),
             *("--semeda-start", 3, "--semeda-ramp", 3),
         ),
         base="wce",
+    ),
+    Recipe(
+        "w-l2-early-01",
+        "from epoch 3 on, 0.1, L2",
+        (
+            *("--loss", "ce+semeda", "--class-weights", "enet", *_weight(0.1), *L2),
+            *("--semeda-start", 3, "--semeda-ramp", 3),
+        ),
+        base="wce",
+    ),
+    Recipe(
+        "w-constant",
+        "from the first step on, 0.1",
+        ("--loss", "ce+semeda", "--class-weights", "enet", *_weight(0.1)),
+        base="wce",
+    ),
+    _late(
+        "wce",
+        "w-brier",
+        "control: last third, Brier score in the place of the term, 0.33",
+        *(*_weight(0.33), *L2),
+        proxy="identity",
+        control=True,
     ),
     Recipe("w-unweighted", "control: last third without class weights", ("--loss", "ce"), "wce", "wce", control=True),
 )

@@ -24,19 +24,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from semeda_fast import train_proxy
 from semeda_fast.files import atomic_path
-from semeda_fast.proxy import MaskFolder
 
 from . import machine
 from .gradients import gradient_facts
 from .labels import CAMVID_VARIABLE, camvid_folder
 from .recipes import BRANCH_EPOCH, RECIPES, TRAINING, Recipe
 from .runner import TUNED
+from .study_proxies import make_proxy, proxy_path
 
 SCHEMA = 1
 STUDY = "study.json"
-PROXY = Path("proxies") / "camvid.safetensors"
 CLASSES = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 METRICS = ("miou", "boundary_iou", "boundary_f")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -52,8 +50,8 @@ def command_of(recipe: Recipe, seed: int, folder: Path, data: Path) -> list[str]
         *("--seed", seed, "--output", folder / run_name(recipe, seed)),
         *recipe.options,
     ]
-    if recipe.trained_proxy:
-        options += ["--proxy", folder / PROXY]
+    if recipe.proxy:
+        options += ["--proxy", proxy_path(folder, recipe.proxy)]
     if recipe.branch:
         options += ["--branch", folder / f"{recipe.branch}-s{seed}" / f"checkpoint-{BRANCH_EPOCH}.pt"]
     else:
@@ -80,10 +78,8 @@ def run_all(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path, jobs:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **TUNED, "OMP_NUM_THREADS": str(max(1, machine.available_cores() // jobs))}
 
-    if any(recipe.trained_proxy for recipe in recipes) and not (folder / PROXY).is_file():
-        (folder / PROXY).parent.mkdir(exist_ok=True)
-        masks = (MaskFolder(data / part / "masks") for part in ("train", "val"))
-        train_proxy(next(masks), 11, ignore_index=11, val_masks=next(masks)).save(folder / PROXY)
+    for name in sorted({recipe.proxy for recipe in recipes if recipe.proxy}):
+        make_proxy(name, folder, data)
 
     def one(job: tuple[Recipe, int]) -> str:
         recipe, seed = job

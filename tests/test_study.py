@@ -50,7 +50,7 @@ def test_every_recipe_is_a_call_of_the_example(tmp_path: Path) -> None:
         may_differ = {"loss", "output", "branch", "keep_epoch", "semeda_start", "semeda_ramp", "semeda_power"}
         may_differ |= {"lambda_semeda", "layer_weights", "distance", "proxy"}
         may_differ |= {"class_weights"} if recipe.control else set()
-        assert recipe.control == (args.loss == "ce")
+        assert recipe.control == (args.loss == "ce" or recipe.proxy == "identity")
         for name, value in vars(plain).items():
             assert name in may_differ or getattr(args, name) == value, f"{recipe.name}: {name}"
         if recipe.branch and args.loss != "ce":
