@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from semeda_fast.files import atomic_path
@@ -61,7 +62,9 @@ def _overhead(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
     peaks = [record for record in run.records if record["kind"] == "step-memory"]
     facts, parts, written = run.machine, [], []
     if not run.complete:
-        parts.append("**This run is not complete.**\n")
+        undone = [plan for plan in run.plans if plan["state"] != "done"]
+        missing = [f"{plan['name']} ({plan['problem'] or plan['state']})" for plan in undone]
+        parts.append(f"**This run is not complete.** It lacks {', '.join(missing) or 'what its time did not reach'}.\n")
     device = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} threads"
     parts.append(f"{device}; torch {facts['torch']}; {run.created[:10]}, commit {facts['commit'] or 'unknown'}.\n")
     for (name, allocator), chosen in tables.conditions(grouped.values()).items():
@@ -137,7 +140,7 @@ def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
             continue
         title = next(recipe.title for recipe in RECIPES if recipe.name == base)
         header = ["recipe", "seeds", *METRIC_TITLES.values(), *(f"{t}, difference" for t in METRIC_TITLES.values())]
-        parts += [f"#### Against {title}\n", markdown(header, rows)]
+        parts += [f"#### Against {title}\n", markdown(header, rows), *_scatter(runs, base, title)]
         if differences:
             path = pictures / f"accuracy-{folder.name}-{base}.png"
             plots.draw_differences(differences, f"differences to {title}, same seeds", path)
@@ -148,6 +151,15 @@ def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
         parts.append(markdown(*_norm_table(found["gradients"])))
         parts.append(markdown(*_pull_table(found["gradients"])))
     return "\n".join(parts), written
+
+
+def _scatter(runs: list[dict[str, Any]], base: str, title: str) -> list[str]:
+    """A sentence on how far apart the seeds of a base are, which the reader may hold a difference against."""
+    chosen = [run for run in runs if run["recipe"] == base]
+    if len(chosen) < 2:
+        return []
+    spread = [f"{stdev(run[metric] for run in chosen):.4f} {name}" for metric, name in METRIC_TITLES.items()]
+    return [f"Standard deviation between the {len(chosen)} seeds of {title}: {', '.join(spread)}.\n"]
 
 
 def _norm_table(facts: list[dict[str, Any]]) -> tuple[list[str], Rows]:

@@ -151,6 +151,8 @@ def test_the_page_shows_means_and_paired_differences(collected: Path, tmp_path: 
     assert text.endswith("By hand, too.\n")
     assert "old" not in text
     assert "| plain training | 1, 2, 3 | 0.5000 ± 0.2484 |" in text
+    spread = "0.1000 mIoU, 0.0500 boundary IoU, 0.0250 boundary F"
+    assert f"Standard deviation between the 3 seeds of plain training: {spread}." in text
     differences = mean_interval([0.02, 0.01, 0.03])
     assert f"{differences.mean:+.4f} ± {differences.half:.4f}" in text
     assert [path.name for path in written] == ["results.md", "accuracy-camvid-plain.png"]
@@ -185,6 +187,12 @@ def test_the_page_shows_overheads(tmp_path: Path) -> None:
     text = target.read_text()
     assert "| DPT | 1000 | 2.00 | +2.0 % [+2.0 %, +2.0 %] | +3.0 % | WRONG: off |" in text
     assert "| DPT | 2 |" in text
+    assert "not complete" not in text
+
+    plans = [{"name": "a", "state": "done", "problem": ""}, {"name": "b", "state": "left out", "problem": "no time"}]
+    Run("steps", "", facts, records=records, plans=plans).save(tmp_path / "results" / "here")
+    page.write_page(target, tmp_path / "results")
+    assert "**This run is not complete.** It lacks b (no time).\n" in target.read_text()
 
 
 def test_marks_that_cannot_be_filled_are_errors(tmp_path: Path) -> None:
