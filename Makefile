@@ -44,7 +44,7 @@ demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes,
 bench: $(VENV)/.stamp-dev  ## Measure the quick set (under 5 minutes on 2 cores); report and plots in build/bench/quick
 	$(BIN)/python -m benchmarks run --quick $(BENCH_ARGS)
 
-bench-steps: $(VENV)/.stamp-dev  ## Measure whole training steps of four networks (half an hour); build/bench/steps
+bench-steps: $(VENV)/.stamp-dev  ## Measure whole training steps of four networks (nearly an hour); build/bench/steps
 	$(BIN)/python -m benchmarks run --steps $(BENCH_ARGS)
 
 bench-full: $(VENV)/.stamp-dev  ## Measure everything (hours); report and plots in build/bench/full
