@@ -88,27 +88,21 @@ RECIPES = (
         base="wce",
     ),
     Recipe(
-        "w-l2-early-01",
-        "from epoch 3 on, 0.1, L2",
-        (
-            *("--loss", "ce+semeda", "--class-weights", "enet", *_weight(0.1), *L2),
-            *("--semeda-start", 3, "--semeda-ramp", 3),
-        ),
-        base="wce",
-    ),
-    Recipe(
         "w-constant",
         "from the first step on, 0.1",
         ("--loss", "ce+semeda", "--class-weights", "enet", *_weight(0.1)),
         base="wce",
     ),
-    _late(
-        "wce",
-        "w-brier",
-        "control: last third, Brier score in the place of the term, 0.33",
-        *(*_weight(0.33), *L2),
-        proxy="identity",
-        control=True,
+    *(
+        _late(
+            "wce",
+            name,
+            f"control: last third, Brier score in the place of the term, {value}",
+            *(*_weight(value), *L2),
+            proxy="identity",
+            control=True,
+        )
+        for name, value in (("w-brier", 0.33), ("w-brier-11", 1.1))  # pull like 0.03 and 0.1 of the term
     ),
     Recipe("w-unweighted", "control: last third without class weights", ("--loss", "ce"), "wce", "wce", control=True),
 )
