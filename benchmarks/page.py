@@ -15,7 +15,7 @@ from typing import Any
 from semeda_fast.files import atomic_path
 
 from . import plots, study, tables
-from .recipes import BASES, RECIPES
+from .recipes import BASES, RECIPES, RIVALS
 from .runner import load_run
 from .statistics import Interval, mean_interval
 from .tables import Record, Rows, markdown
@@ -146,6 +146,9 @@ def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
             plots.draw_differences(differences, f"differences to {title}, same seeds", path)
             written.append(path)
             parts.append(f"![differences to {title}](results/{path.name})\n")
+    if rivals := _rival_rows(runs):
+        header = ["recipe", "against", "seeds", *(f"{t}, difference" for t in METRIC_TITLES.values())]
+        parts += ["#### One recipe against another\n", markdown(header, rivals)]
     if found["gradients"]:
         parts.append("#### How the SEMEDA term (lambda 1) pulls at the logits, beside cross-entropy\n")
         parts.append(markdown(*_norm_table(found["gradients"])))
@@ -184,6 +187,7 @@ def _pull_table(facts: list[dict[str, Any]]) -> tuple[list[str], Rows]:
     return ["mean pull on a pixel's own class", *names], rows
 
 
+Runs = dict[tuple[str, int], dict[str, Any]]  # (recipe, seed) -> run
 Differences = dict[str, dict[str, Interval]]  # recipe's title -> metric's title -> interval
 
 
@@ -202,13 +206,31 @@ def _study_rows(runs: list[dict[str, Any]], base: str) -> tuple[Rows, Difference
             rows.insert(0, [*row, "", "", ""])
             continue
         common = [seed for seed in seeds if (base, seed) in values]
-        for metric, title in METRIC_TITLES.items():
-            pairs = [values[recipe.name, seed][metric] - values[base, seed][metric] for seed in common]
-            if not pairs:
-                row.append("")
-                continue
-            interval = mean_interval(pairs)
-            differences.setdefault(recipe.title, {})[title] = interval
-            row.append(interval.text(signed=True))
-        rows.append(row)
+        paired = _paired(values, recipe.name, base, common)
+        if paired:
+            differences[recipe.title] = paired
+        rows.append([*row, *([i.text(signed=True) for i in paired.values()] or [""] * len(METRIC_TITLES))])
     return rows, differences
+
+
+def _paired(values: Runs, name: str, other: str, seeds: list[int]) -> dict[str, Interval]:
+    """Metric's title -> mean difference of two recipes over common seeds; empty where they have none."""
+    if not seeds:
+        return {}
+    return {
+        title: mean_interval([values[name, seed][metric] - values[other, seed][metric] for seed in seeds])
+        for metric, title in METRIC_TITLES.items()
+    }
+
+
+def _rival_rows(runs: list[dict[str, Any]]) -> Rows:
+    values = {(run["recipe"], run["seed"]): run for run in runs}
+    titles = {recipe.name: recipe.title for recipe in RECIPES}
+    rows: Rows = []
+    for name, other in RIVALS:
+        seeds = sorted(seed for recipe, seed in values if recipe == name and (other, seed) in values)
+        if seeds:
+            paired = _paired(values, name, other, seeds)
+            cells = [interval.text(signed=True) for interval in paired.values()]
+            rows.append([titles[name], titles[other], ", ".join(map(str, seeds)), *cells])
+    return rows

@@ -214,9 +214,8 @@ def _steps(threads: int, allocators: Sequence[str], fused: Sequence[str]) -> lis
     # What follows under one allocator, which the difference is not about.
     plans.append(plan(CPU_NETWORKS[0], voc.replace(distance="l2"), allocators[-1], "voc-l2"))
     plans += _step_memory(CPU_NETWORKS, voc, threads, fused)
-    slow = [network for network in CPU_NETWORKS if network == "upernet_resnet50"]
-    quick = [network for network in CPU_NETWORKS if network not in slow]
-    return plans + [plan(network, cityscapes, allocators[-1], "cityscapes") for network in (*quick, *slow)]
+    ordered = sorted(CPU_NETWORKS, key=lambda network: network == "upernet_resnet50")
+    return plans + [plan(network, cityscapes, allocators[-1], "cityscapes") for network in ordered]
 
 
 def gpu_steps(threads: int, fused: Sequence[str], kind: str = "camvid") -> list[Plan]:

@@ -41,13 +41,7 @@ def _identity(data: Path) -> EdgeProxy:
     weights = [torch.eye(CLASSES)[:, :, None, None], torch.zeros(2, CLASSES, 1, 1)]
     biases = [torch.zeros(CLASSES), torch.zeros(2)]
     plain = EdgeProxy.from_tensors(layers, weights, biases, layer_weights=(1.0, 0.0))
-    return EdgeProxy.from_tensors(
-        layers,
-        weights,
-        biases,
-        layer_weights=(1.0, 0.0),
-        scales=measure_scales(plain, _masks(data, "val"), ignore_index=VOID),
-    )
+    return plain.annotated(scales=measure_scales(plain, _masks(data, "val"), ignore_index=VOID))
 
 
 PROXIES: dict[str, Callable[[Path], EdgeProxy]] = {
