@@ -22,7 +22,8 @@ class Recipe:
         title: in tables.
         options: of examples/train.py, beside TRAINING.
         base: name of the recipe it is compared with; "" for one of those.
-        branch: name of the recipe whose checkpoint after BRANCH_EPOCH epochs it starts from; "": from the beginning.
+        branch: name of the recipe whose checkpoint after BRANCH_EPOCH epochs it goes on from; "": from the beginning.
+        weights: name of the recipe whose trained network it trains further; "": a new one.
         proxy: one of study_proxies.PROXIES; "": the bundled one.
         control: whether it shows what something else than SEMEDA does.
     """
@@ -34,6 +35,12 @@ class Recipe:
     branch: str = ""
     control: bool = False
     proxy: str = ""
+    weights: str = ""
+
+    @property
+    def follows(self) -> str:
+        """Name of the recipe that must have run before; "": none."""
+        return self.branch or self.weights
 
 
 def _late(
@@ -51,12 +58,19 @@ def _late(
     return Recipe(name, title, (*term, *weights), base, base, control, proxy)
 
 
+def _further(name: str, title: str, *options: str | int | float) -> Recipe:
+    """A trained network of wce, trained for 10 more epochs with a tenth of the learning rate."""
+    more = ("--class-weights", "enet", "--epochs", 10, "--lr", 3e-4)
+    return Recipe(name, title, (*more, *options), base="" if name == "ft-wce" else "ft-wce", weights="wce")
+
+
 def _weight(value: float) -> tuple[str, float]:
     return ("--lambda-semeda", value)
 
 
 L3 = ("--layer-weights", "0,0,1")
 L2 = ("--distance", "l2")
+EARLY = ("--loss", "ce+semeda", "--class-weights", "enet", *L2, "--semeda-start", 3, "--semeda-ramp", 3)
 RECIPES = (
     Recipe("ce", "cross-entropy", ("--loss", "ce")),
     _late("ce", "r01", "last third, ramp to 0.1 at the end", *_weight(0.1), ramp=10),
@@ -79,14 +93,14 @@ RECIPES = (
         proxy="camvid-plain",
     ),
     _late("wce", "w-l2-post", "last third, L2, taps behind the ReLU, 0.0175", *_weight(0.0175), *L2, proxy="post"),
+    Recipe("w-l2-early", "from epoch 3 on, 0.03, L2", (*EARLY, *_weight(0.03)), base="wce"),
     Recipe(
-        "w-l2-early",
-        "from epoch 3 on, 0.03, L2",
-        (
-            *("--loss", "ce+semeda", "--class-weights", "enet", *_weight(0.03), *L2),
-            *("--semeda-start", 3, "--semeda-ramp", 3),
-        ),
+        "w-brier-early",
+        "control: from epoch 3 on, Brier score in the place of the term, 0.33",
+        (*EARLY, *_weight(0.33)),
         base="wce",
+        control=True,
+        proxy="identity",
     ),
     Recipe(
         "w-constant",
@@ -105,6 +119,9 @@ RECIPES = (
         )
         for name, value in (("w-brier", 0.33), ("w-brier-11", 1.1))  # pull like 0.03 and 0.1 of the term
     ),
+    _further("ft-wce", "class-weighted cross-entropy, 10 more epochs", "--loss", "ce"),
+    _further("ft-l2-003", "10 more epochs, 0.03, L2", "--loss", "ce+semeda", *_weight(0.03), *L2),
+    _further("ft-l2-01", "10 more epochs, 0.1, L2", "--loss", "ce+semeda", *_weight(0.1), *L2),
     Recipe("w-unweighted", "control: last third without class weights", ("--loss", "ce"), "wce", "wce", control=True),
 )
 BASES = tuple(recipe.name for recipe in RECIPES if not recipe.base)
@@ -114,5 +131,8 @@ RIVALS = (
     ("w-l2-01", "w-brier-11"),
     ("w-l2-01", "w-brier"),
     ("w-l2-003", "w-all-01"),
+    ("w-l2-early", "w-brier-early"),
     ("w-l2-proxy", "w-l2-003"),
+    ("w-l2-plain", "w-l2-proxy"),
+    ("w-l2-post", "w-l2-003"),
 )

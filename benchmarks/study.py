@@ -54,6 +54,8 @@ def command_of(recipe: Recipe, seed: int, folder: Path, data: Path) -> list[str]
         options += ["--proxy", proxy_path(folder, recipe.proxy)]
     if recipe.branch:
         options += ["--branch", folder / f"{recipe.branch}-s{seed}" / f"checkpoint-{BRANCH_EPOCH}.pt"]
+    elif recipe.weights:
+        options += ["--weights", folder / f"{recipe.weights}-s{seed}" / "checkpoint.pt"]
     else:
         options += ["--keep-epoch", BRANCH_EPOCH]
     return [sys.executable, str(_ROOT / "examples" / "train.py"), *map(str, options)]
@@ -95,7 +97,7 @@ def run_all(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path, jobs:
 
     failed: list[str] = []
     for late in (False, True):  # those that start from another one's checkpoint come after it
-        todo = [(recipe, seed) for recipe in recipes for seed in seeds if bool(recipe.branch) == late]
+        todo = [(recipe, seed) for recipe in recipes for seed in seeds if bool(recipe.follows) == late]
         with ThreadPoolExecutor(jobs) as pool:
             failed += [name for name in pool.map(one, todo) if name]
     return failed
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [recipe for recipe in RECIPES if re.search(options.only, recipe.name)]
         if not chosen:
             raise ValueError(f"no recipe matches {options.only!r}: {', '.join(recipe.name for recipe in RECIPES)}")
-        needed = {recipe.branch for recipe in chosen}
+        needed = {recipe.follows for recipe in chosen}
         chosen += [recipe for recipe in RECIPES if recipe.name in needed and recipe not in chosen]
         failed = run_all(chosen, options.seeds, options.output.resolve(), options.jobs)
     except (OSError, ValueError) as error:

@@ -63,6 +63,7 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for logs, checkpoint and report")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--branch", type=Path, metavar="FILE", help="start from this checkpoint of a run, with other settings")
+    add("--weights", type=Path, metavar="FILE", help="start with the network of this checkpoint, in a new run")
     add("--keep-epoch", type=_at_least(1), metavar="E", help="keep the checkpoint after E epochs, as checkpoint-E.pt")
     add("--checkpoint-every", type=_at_least(1), default=200, help="steps between checkpoints (200)")
     add("--log-every", type=_at_least(1), default=10, help="steps between rows of log.csv (10)")
@@ -72,11 +73,13 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--traceback", action="store_true", help="on an error, show the traceback too")
 
     args = parser.parse_args(argv)
-    for name in ("images", "masks", "val_images", "val_masks", "output", "branch"):
+    for name in ("images", "masks", "val_images", "val_masks", "output", "branch", "weights"):
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).resolve())
     if (args.val_images is None) != (args.val_masks is None):
         parser.error("--val-images and --val-masks belong together: give both or neither")
+    if args.branch is not None and args.weights is not None:
+        parser.error("--branch goes on with a run and --weights starts a new one: give one of them")
     if args.class_names is not None and len(args.class_names) != args.num_classes:
         parser.error(f"--class-names has {len(args.class_names)} names for --num-classes {args.num_classes}")
     return args

@@ -68,12 +68,21 @@ class RunFolder:
             )
 
     def load_checkpoint(self, branch: Path | None = None) -> dict[str, Any] | None:
-        """The last checkpoint, else that of another run, `branch`, or None. Reads tensors and plain values, no code."""
+        """The last checkpoint, else that of another run, `branch`, or None."""
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             if branch is None:
                 return None
             path = branch
+        return self.read_checkpoint(path)
+
+    @staticmethod
+    def read_checkpoint(path: Path) -> dict[str, Any]:
+        """Tensors and plain values of a checkpoint, no code.
+
+        Raises:
+            InputError: it is not there, or no checkpoint of this script.
+        """
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if state["format"] != FORMAT:

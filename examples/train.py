@@ -112,6 +112,9 @@ def train(args: argparse.Namespace) -> int:
         run.start(first_epoch, step)
     if checkpoint is not None:
         accelerator.print(f"Resuming {args.output} after step {step} of {total_steps}.")
+    elif args.weights is not None:
+        plain_network.load_state_dict(run.read_checkpoint(args.weights)["network"])
+        accelerator.print(f"The network of {args.weights} is trained further.")
     elif args.resume:
         accelerator.print(f"There is no checkpoint in {args.output} yet: starting from the beginning.")
     accelerator.print(

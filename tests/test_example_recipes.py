@@ -74,6 +74,25 @@ def test_a_resumed_branch_goes_on_with_its_own_checkpoint(scenes: Path, tmp_path
     assert all(torch.equal(done[name], again[name]) for name in done)
 
 
+def test_a_trained_network_is_trained_further_by_a_new_run(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(arguments(scenes, tmp_path / "ce", loss="ce")) == 0
+    kept = ["--weights", str(tmp_path / "ce" / "checkpoint.pt")]
+    assert train.main(arguments(scenes, tmp_path / "more", *kept, "--lr", "1e-30", loss="ce")) == 0
+    assert len(rows(tmp_path / "more", "train")) == EPOCHS * STEPS_PER_EPOCH  # from the first step, with a new schedule
+    one, other = weights(tmp_path / "more"), weights(tmp_path / "ce")
+    # A learning rate of nothing leaves the weights where they were.
+    assert all(torch.equal(one[name], other[name]) for name in one if one[name].is_floating_point())
+
+    missing = ["--weights", str(tmp_path / "none.pt")]
+    assert train.main(arguments(scenes, tmp_path / "out", *missing)) == 2
+    assert "none.pt is not a readable checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options.parse_args(arguments(scenes, tmp_path / "out", *kept, "--branch", kept[1]), "")
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_class_weights_are_those_of_enet(scenes: Path, tmp_path: Path) -> None:
     args = options.parse_args(arguments(scenes, tmp_path / "out", "--class-weights", "enet"), "")
     dataset, _ = data.make_datasets(args)

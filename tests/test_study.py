@@ -39,9 +39,11 @@ def test_every_recipe_is_a_call_of_the_example(tmp_path: Path) -> None:
         if not recipe.base:
             assert args.loss == "ce"
             assert not recipe.branch
+            assert recipe.weights in ("", "wce")
             continue
         base = known[recipe.base]
         assert not base.base
+        assert recipe.weights == base.weights
         assert recipe.branch in ("", base.name)
         plain = options.parse_args(study.command_of(base, 3, tmp_path, tmp_path / "camvid")[2:], "")
         if recipe.branch:
@@ -53,6 +55,8 @@ def test_every_recipe_is_a_call_of_the_example(tmp_path: Path) -> None:
         assert recipe.control == (args.loss == "ce" or recipe.proxy == "identity")
         for name, value in vars(plain).items():
             assert name in may_differ or getattr(args, name) == value, f"{recipe.name}: {name}"
+        if recipe.weights:
+            assert args.weights == tmp_path / "wce-s3" / "checkpoint.pt"
         if recipe.branch and args.loss != "ce":
             assert args.semeda_start >= plain.keep_epoch
 
