@@ -55,7 +55,8 @@ template <bool L1, bool POST, bool LAST>
 struct Seeds {
     float coefficient;
     Distance distance;
-    std::ptrdiff_t plane_bytes, saved_pitch;
+    std::ptrdiff_t plane_bytes;
+    int channels;
     const std::uint8_t* code[BLOCK_ROWS];  // at the region's first unit, plane 0 of the layer
     const float* saved[BLOCK_ROWS];
     const float* upstream[BLOCK_ROWS];  // null: the scalar is multiplied in at the end
@@ -80,7 +81,7 @@ struct Seeds {
                           select(from_bits16(above), splat(coefficient), splat(0.0f)));
         } else {
             if (!LAST) on = get_bits(word + k * plane_bytes);
-            const F16 d = load16(saved[r] + k * saved_pitch + unit * UNIT);
+            const F16 d = load16(saved[r] + (unit * channels + k) * UNIT);
             seed = distance == Distance::l2 ? splat(2.0f * coefficient) * d
                                             : splat(coefficient) * vmax(splat(-1.0f), vmin(splat(1.0f), d));
         }
@@ -95,32 +96,43 @@ struct ChainEpilogue {
     Seeds<L1, POST, false> seeds;
     std::ptrdiff_t pitch;
     float* to[BLOCK_ROWS];
-    int number;
-    void unit(int n, bool) { number = n; }
-    template <int ROWS>
-    void put(int k, const F16* d_a) {
-        for (int r = 0; r < ROWS; ++r) {
-            unsigned on;
-            const F16 seed = seeds.at(k, r, number, on);
-            const M16 mask = from_bits16(on);
-            const F16 d_t =
-                POST ? select(mask, seed + d_a[r], splat(0.0f)) : seed + select(mask, d_a[r], splat(0.0f));
-            store16(to[r] + k * pitch + number * UNIT, d_t);
+
+    struct Pixels {
+        const ChainEpilogue& all;
+        int number;
+        template <int ROWS>
+        void put(int k, const F16* d_a) {
+            SEMEDA_UNROLL
+            for (int r = 0; r < ROWS; ++r) {
+                unsigned on;
+                const F16 seed = all.seeds.at(k, r, number, on);
+                const M16 mask = from_bits16(on);
+                const F16 d_t = POST ? select(mask, seed + d_a[r], splat(0.0f))
+                                     : seed + select(mask, d_a[r], splat(0.0f));
+                store16(all.to[r] + k * all.pitch + number * UNIT, d_t);
+            }
         }
-    }
-    void done() {}
+        void done() {}
+    };
+
+    Pixels unit(int number, bool) const { return {*this, number}; }
 };
 
 struct StoreEpilogue {
     std::ptrdiff_t pitch;
     float* to[BLOCK_ROWS];
-    int x;
-    void unit(int n, bool) { x = n * UNIT; }
-    template <int ROWS>
-    void put(int k, const F16* d) {
-        for (int r = 0; r < ROWS; ++r) store16(to[r] + k * pitch + x, d[r]);
-    }
-    void done() {}
+
+    struct Pixels {
+        const StoreEpilogue& all;
+        int x;
+        template <int ROWS>
+        void put(int k, const F16* d) {
+            for (int r = 0; r < ROWS; ++r) store16(all.to[r] + k * all.pitch + x, d[r]);
+        }
+        void done() {}
+    };
+
+    Pixels unit(int number, bool) const { return {*this, number * UNIT}; }
 };
 
 class BackwardTask {
@@ -134,6 +146,8 @@ class BackwardTask {
           s_(plan, arena_) {
         const auto* d_semeda = static_cast<const float*>(p_.d_semeda.data);
         scale_ = p_.d_semeda_is_map ? 1.0f : *d_semeda;
+        s_.conv.ahead = &ahead_;
+        for (int l = 0; l < p_.layers; ++l) products_ += products_of(plan.bwd[l], win_.units);
     }
 
     void run() {
@@ -145,6 +159,7 @@ class BackwardTask {
             features ? (2 * plan_.reach[layers] + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS : 0;
         for (std::int64_t y = win_.y0 - lead; y < win_.y1; y += BLOCK_ROWS) {
             const std::int64_t last = y + BLOCK_ROWS < win_.y1 ? y + BLOCK_ROWS : win_.y1;
+            look_ahead();
             for (int l = layers; l >= 0; --l) {
                 const std::int64_t end = last + plan_.reach[l] < p_.h ? last + plan_.reach[l] : p_.h;
                 while (done_[l] < end) {
@@ -162,12 +177,25 @@ class BackwardTask {
     }
 
   private:
+    // The rows of logits that come next, and where their gradient goes.
+    void look_ahead() {
+        const std::int64_t y = done_[0];
+        const int rows = static_cast<int>(win_.y1 - y < BLOCK_ROWS ? win_.y1 - y : BLOCK_ROWS);
+        const int x = win_.own_begin * UNIT, channels = p_.binary ? 1 : p_.classes;
+        ahead_.clear();
+        ahead_.add(p_.logits, win_.n, y, rows, win_.xa + x, win_.own_width, channels);
+        ahead_.add(p_.d_logits, win_.n, y, rows, win_.xa + x, win_.own_width, channels);
+        ahead_.add(p_.target, win_.n, y, rows, win_.xa + x, win_.own_width, p_.soft ? p_.soft_channels : 1);
+        for (int l = p_.layers; l > 0; --l) ahead_.add_saved(plan_, win_, l - 1, done_[l] + BLOCK_ROWS, p_.h);
+        ahead_.spread(products_);
+    }
+
     template <class S>
     void point(S& seeds, int l, std::int64_t y, int rows) {
         seeds.coefficient = p_.layer[l].coefficient;
         seeds.distance = p_.distance;
         seeds.plane_bytes = plan_.plane_bytes;
-        seeds.saved_pitch = plan_.saved_pitch;
+        seeds.channels = p_.layer[l].out;
         for (int r = 0; r < BLOCK_ROWS; ++r) {
             const std::int64_t in_batch = win_.n * p_.h + y + (r < rows ? r : 0);
             seeds.code[r] = p_.codes + in_batch * plan_.plane_bytes * plan_.planes +
@@ -175,7 +203,7 @@ class BackwardTask {
             seeds.saved[r] = nullptr;
             if (p_.saved_d) {
                 seeds.saved[r] = p_.saved_d + in_batch * plan_.saved_pitch * plan_.saved_planes +
-                                 plan_.saved_plane[l] * plan_.saved_pitch + win_.xa;
+                                 plan_.saved_plane[l] * plan_.saved_pitch + win_.xa * p_.layer[l].out;
             }
             seeds.upstream[r] = p_.d_semeda_is_map ? s_.upstream[r] : nullptr;
             if (p_.d_semeda_is_map && r < rows) {
@@ -251,7 +279,7 @@ class BackwardTask {
             const int count = rows - r < step ? rows - r : step;
             if (features) {
                 input_rows(conv, s_.d_t[0], y + r, count, p_.h, s_.zeros, s_.rows);
-                StoreEpilogue epilogue{plan_.pitch, {}, 0};
+                StoreEpilogue epilogue{plan_.pitch, {}};
                 for (int i = 0; i < BLOCK_ROWS; ++i)
                     epilogue.to[i] = i < count ? s_.d_p.row(y + r + i) : s_.nowhere;
                 convolve<false>(conv, s_.rows, win_.own_begin, win_.own_end, s_.conv, epilogue);
@@ -293,6 +321,8 @@ class BackwardTask {
     const ClassWeights cw_;
     Arena arena_;
     BackwardScratch s_;
+    Ahead ahead_;
+    std::int64_t products_ = 0;
     float scale_;
     std::int64_t done_[MAX_LAYERS + 1];
 };

@@ -6,8 +6,10 @@
 //
 //   input   RowRef [R + k - 1]: planar rows, channel c at p + c * pitch, column 0 first, zeros beside it
 //   U       [group][depth][u_pitch]: the tile's input, transformed; lanes are columns from x - pad on
-//           (2d: pairs of columns 2i, 2i + 1 from x on)
+//           2d: [depth][group][4][u_pitch]; lanes are pairs of columns 2i, 2i + 1 from x on
 //   M       [group][channels of a block][m_pitch]: products, before the output transform
+//           2d: [group][2 or 4][channels of a block][m_pitch]: 2 where registers hold all 4 columns of F(2,3)
+//           at a time, so that only even and odd columns are stored
 //   Y       [channels of a block][rows][columns of two units]: 2d alone, back in the order of columns
 //   packed  [block][group][depth][kernel columns][channels of the block]
 //
@@ -46,16 +48,14 @@ inline void rows_to_winograd(const F* d, F* u) {
     u[5] = fma(p, q * d[1] - d[3], d[5] - q * d[3]);
 }
 
-// A^T; m + j * group is product j.
-inline void winograd_to_rows(const float* m, std::ptrdiff_t group, F16* y) {
-    const F16 a = splat(WINOGRAD_A), b = splat(WINOGRAD_B), p = splat(WINOGRAD_P), q = splat(WINOGRAD_Q);
-    const F16 m1 = load16(m + group), m2 = load16(m + 2 * group);
-    const F16 m3 = load16(m + 3 * group), m4 = load16(m + 4 * group);
-    const F16 s = m1 + m2, d = a * (m1 - m2), t = m3 + m4, e = b * (m3 - m4);
-    y[0] = load16(m) + (s + t);
+// A^T.
+inline void winograd_to_rows(const F* m, F* y) {
+    const F a = set1(WINOGRAD_A), b = set1(WINOGRAD_B), p = set1(WINOGRAD_P), q = set1(WINOGRAD_Q);
+    const F s = m[1] + m[2], d = a * (m[1] - m[2]), t = m[3] + m[4], e = b * (m[3] - m[4]);
+    y[0] = m[0] + (s + t);
     y[1] = d + e;
     y[2] = fma(p, s, q * t);
-    y[3] = fma(p, d, fma(q, e, load16(m + 5 * group)));
+    y[3] = fma(p, d, fma(q, e, m[5]));
 }
 
 template <bool RELU>
@@ -78,13 +78,16 @@ inline void transform_1d(const Conv& conv, const RowRef* rows, int x, int column
     }
 }
 
-// The same of one column, each value in all lanes: a tile's first and last pair need one column beside the
-// tile.
+// The columns beside a tile of pairs, which its first and last pair need: column x - 1 in the last lane,
+// column x_end in the first.
 template <bool RELU>
-inline void column_to_winograd(const float* const* r, std::ptrdiff_t x, F* u) {
+inline void edges_to_winograd(const float* const* r, std::ptrdiff_t x_end, F* u) {
+    const M first = from_bits(1);
     F d[WINOGRAD_J];
     SEMEDA_UNROLL
-    for (int j = 0; j < WINOGRAD_J; ++j) d[j] = RELU ? vmax(set1(0.0f), set1(r[j][x])) : set1(r[j][x]);
+    for (int j = 0; j < WINOGRAD_J; ++j) {
+        d[j] = select(first, load_input<RELU>(r[j] + x_end), load_input<RELU>(r[j] - VL));
+    }
     rows_to_winograd(d, u);
 }
 
@@ -107,30 +110,29 @@ template <bool RELU>
 inline void transform_2d(const Conv& conv, const RowRef* rows, int x, int columns, float* u,
                          std::ptrdiff_t pitch) {
     const int vectors = (columns / 2 + VL - 1) / VL;
-    const std::ptrdiff_t group = conv.depth * pitch;
     for (int c = 0; c < conv.in; ++c) {
         const float* r[WINOGRAD_J];
         for (int j = 0; j < WINOGRAD_J; ++j) r[j] = rows[j].p + c * rows[j].pitch + x;
-        F before[WINOGRAD_J], even[WINOGRAD_J], odd[WINOGRAD_J];
-        column_to_winograd<RELU>(r, -1, before);
+        F edge[WINOGRAD_J], before[WINOGRAD_J], even[WINOGRAD_J], odd[WINOGRAD_J];
+        edges_to_winograd<RELU>(r, 2 * vectors * VL, edge);
         pairs_to_winograd<RELU>(r, 0, even, odd);
+        SEMEDA_UNROLL
+        for (int j = 0; j < WINOGRAD_J; ++j) before[j] = edge[j];
         for (int v = 0; v < vectors; ++v) {
+            const bool last = v + 1 == vectors;
             F next_even[WINOGRAD_J], next_odd[WINOGRAD_J];
-            if (v + 1 < vectors) {
-                pairs_to_winograd<RELU>(r, 2 * (v + 1) * VL, next_even, next_odd);
-            } else {
-                column_to_winograd<RELU>(r, 2 * vectors * VL, next_even);
-            }
-            float* to = u + c * pitch + v * VL;
+            if (!last) pairs_to_winograd<RELU>(r, 2 * (v + 1) * VL, next_even, next_odd);
+            float* to = u + c * (WINOGRAD_J * PAIR_COLUMNS) * pitch + v * VL;
             SEMEDA_UNROLL
-            for (int j = 0; j < WINOGRAD_J; ++j, to += 4 * group) {
+            for (int j = 0; j < WINOGRAD_J; ++j, to += PAIR_COLUMNS * pitch) {
                 store(to, shift_up(before[j], odd[j]) - odd[j]);
-                store(to + group, even[j] + odd[j]);
-                store(to + 2 * group, odd[j] - even[j]);
-                store(to + 3 * group, even[j] - shift_down(even[j], next_even[j]));
+                store(to + pitch, even[j] + odd[j]);
+                store(to + 2 * pitch, odd[j] - even[j]);
+                store(to + 3 * pitch, even[j] - shift_down(even[j], last ? edge[j] : next_even[j]));
                 before[j] = odd[j];
+                if (last) continue;
                 even[j] = next_even[j];
-                if (v + 1 < vectors) odd[j] = next_odd[j];
+                odd[j] = next_odd[j];
             }
         }
     }
@@ -149,10 +151,11 @@ inline void transform_plain(const Conv& conv, const RowRef* rows, int x, int col
     }
 }
 
-// MB output channels x NV vectors of lanes in registers; KX = 0: kernel width at run time.
+// MB output channels x NV vectors of lanes in registers; KX = 0: kernel width at run time. `skip` weights lie
+// between those of two channels.
 template <int MB, int NV, int KX>
-inline void multiply(const float* u, std::ptrdiff_t u_pitch, int depth, int ksize, const float* w, float* m,
-                     std::ptrdiff_t m_pitch) {
+inline void multiply(const float* u, std::ptrdiff_t u_pitch, int depth, int ksize, const float* w, int skip,
+                     float* m, std::ptrdiff_t m_pitch) {
     const int width = KX ? KX : ksize;
     F acc[MB][NV];
     SEMEDA_UNROLL
@@ -160,7 +163,7 @@ inline void multiply(const float* u, std::ptrdiff_t u_pitch, int depth, int ksiz
         SEMEDA_UNROLL
         for (int v = 0; v < NV; ++v) acc[b][v] = set1(0.0f);
     }
-    for (int d = 0; d < depth; ++d, u += u_pitch) {
+    for (int d = 0; d < depth; ++d, u += u_pitch, w += skip) {
         for (int kx = 0; kx < width; ++kx, w += MB) {
             F x[NV];
             SEMEDA_UNROLL
@@ -182,33 +185,110 @@ inline void multiply(const float* u, std::ptrdiff_t u_pitch, int depth, int ksiz
 
 template <int MB, int KX>
 inline void multiply_lanes(const float* u, std::ptrdiff_t u_pitch, int depth, int ksize, const float* w,
-                           float* m, std::ptrdiff_t m_pitch, int vectors) {
+                           int skip, float* m, std::ptrdiff_t m_pitch, int vectors) {
     int v = 0;
     for (; v + MAX_NV <= vectors; v += MAX_NV) {
-        multiply<MB, MAX_NV, KX>(u + v * VL, u_pitch, depth, ksize, w, m + v * VL, m_pitch);
+        multiply<MB, MAX_NV, KX>(u + v * VL, u_pitch, depth, ksize, w, skip, m + v * VL, m_pitch);
     }
-    if (vectors - v == 2) multiply<MB, 2, KX>(u + v * VL, u_pitch, depth, ksize, w, m + v * VL, m_pitch);
-    if (vectors - v == 1) multiply<MB, 1, KX>(u + v * VL, u_pitch, depth, ksize, w, m + v * VL, m_pitch);
+    if (vectors - v == 2)
+        multiply<MB, 2, KX>(u + v * VL, u_pitch, depth, ksize, w, skip, m + v * VL, m_pitch);
+    if (vectors - v == 1)
+        multiply<MB, 1, KX>(u + v * VL, u_pitch, depth, ksize, w, skip, m + v * VL, m_pitch);
 }
 
-using MultiplyFn = void (*)(const float*, std::ptrdiff_t, int, int, const float*, float*, std::ptrdiff_t,
+// One group of winograd_1d or plain.
+template <int MB, int KX>
+inline void multiply_group(const Conv& conv, const float* u, std::ptrdiff_t u_pitch, const float* w, float* m,
+                           std::ptrdiff_t m_pitch, int vectors) {
+    multiply_lanes<MB, KX>(u, u_pitch, conv.depth, conv.columns, w, 0, m, m_pitch, vectors);
+}
+
+// Where registers hold all four columns at a time these are transformed back on the spot, and M has two.
+constexpr int COLUMNS_OF_M = FOUR_AT_A_TIME ? 2 : PAIR_COLUMNS;
+
+// A^T of F(2,3): even and odd column.
+inline void winograd_to_pair(const F* m, F& even, F& odd) {
+    even = m[0] + (m[1] + m[2]);
+    odd = (m[1] - m[2]) - m[3];
+}
+
+// The same for one row of the domain of winograd_2d; u_pitch from one of its columns to the next, `deep` from
+// one channel to the next, m_pitch likewise from channel to channel of a column.
+template <int MB>
+inline void multiply_pairs(const float* u, std::ptrdiff_t u_pitch, std::ptrdiff_t deep, int depth,
+                           const float* w, float* m, std::ptrdiff_t m_pitch) {
+    F acc[PAIR_COLUMNS][MB];
+    SEMEDA_UNROLL
+    for (int x = 0; x < PAIR_COLUMNS; ++x) {
+        SEMEDA_UNROLL
+        for (int b = 0; b < MB; ++b) acc[x][b] = set1(0.0f);
+    }
+    for (int d = 0; d < depth; ++d, u += deep, w += PAIR_COLUMNS * MB) {
+        SEMEDA_UNROLL
+        for (int x = 0; x < PAIR_COLUMNS; ++x) {
+            const F input = load(u + x * u_pitch);
+            SEMEDA_UNROLL
+            for (int b = 0; b < MB; ++b) acc[x][b] = fma(set1(w[x * MB + b]), input, acc[x][b]);
+        }
+    }
+    SEMEDA_UNROLL
+    for (int b = 0; b < MB; ++b) {
+        const F products[PAIR_COLUMNS] = {acc[0][b], acc[1][b], acc[2][b], acc[3][b]};
+        F even, odd;
+        winograd_to_pair(products, even, odd);
+        store(m + b * m_pitch, even);
+        store(m + (MB + b) * m_pitch, odd);
+    }
+}
+
+// One group of winograd_2d.
+template <int MB>
+inline void multiply_group_2d(const Conv& conv, const float* u, std::ptrdiff_t u_pitch, const float* w,
+                              float* m, std::ptrdiff_t m_pitch, int vectors) {
+    const std::ptrdiff_t deep = WINOGRAD_J * PAIR_COLUMNS * u_pitch;
+    if constexpr (FOUR_AT_A_TIME) {
+        for (int v = 0; v < vectors; ++v) {
+            multiply_pairs<MB>(u + v * VL, u_pitch, deep, conv.depth, w, m + v * VL, m_pitch);
+        }
+        return;
+    }
+    for (int x = 0; x < PAIR_COLUMNS; ++x) {
+        multiply_lanes<MB, 1>(u + x * u_pitch, deep, conv.depth, 1, w + x * MB, (PAIR_COLUMNS - 1) * MB,
+                              m + x * MB * m_pitch, m_pitch, vectors);
+    }
+}
+
+using MultiplyFn = void (*)(const Conv&, const float*, std::ptrdiff_t, const float*, float*, std::ptrdiff_t,
                             int);
 
 constexpr int at_most_block(int channels) { return channels < MAX_MB ? channels : MAX_MB; }
 
-template <int KX>
-inline MultiplyFn multiply_for(int channels) {
-    static const MultiplyFn by_channels[] = {
-        multiply_lanes<at_most_block(1), KX>, multiply_lanes<at_most_block(2), KX>,
-        multiply_lanes<at_most_block(3), KX>, multiply_lanes<at_most_block(4), KX>,
-        multiply_lanes<at_most_block(5), KX>, multiply_lanes<at_most_block(6), KX>,
-        multiply_lanes<at_most_block(7), KX>, multiply_lanes<at_most_block(8), KX>};
+inline MultiplyFn multiply_for(const Conv& conv, int channels) {
+#define SEMEDA_EACH_BLOCK(f)                                                             \
+    {f(at_most_block(1)), f(at_most_block(2)), f(at_most_block(3)), f(at_most_block(4)), \
+     f(at_most_block(5)), f(at_most_block(6)), f(at_most_block(7)), f(at_most_block(8))}
+#define SEMEDA_PAIRS(n) multiply_group_2d<(n) < MAX_MB_2D ? (n) : MAX_MB_2D>
+#define SEMEDA_OF_3(n) multiply_group<n, 3>
+#define SEMEDA_OF_ANY(n) multiply_group<n, 0>
+    static const MultiplyFn pairs[] = SEMEDA_EACH_BLOCK(SEMEDA_PAIRS),
+                            of_3[] = SEMEDA_EACH_BLOCK(SEMEDA_OF_3),
+                            of_any[] = SEMEDA_EACH_BLOCK(SEMEDA_OF_ANY);
+    const MultiplyFn* by_channels = conv.scheme == Scheme::winograd_2d ? pairs
+                                    : conv.columns == 3                ? of_3
+                                                                       : of_any;
     return by_channels[channels - 1];
 }
 
 struct ConvScratch {
     float *u, *m, *y;
+    Ahead* ahead;  // what to ask the memory for between products
 };
+
+// Products that convolve makes for a row of so many units.
+inline std::int64_t products_of(const Conv& conv, int units) {
+    return static_cast<std::int64_t>(conv.blocks) * conv.groups *
+           ((units + conv.tile_units - 1) / conv.tile_units);
+}
 
 inline std::ptrdiff_t lane_pitch(const Conv& conv) {
     return conv.scheme == Scheme::winograd_2d
@@ -217,11 +297,13 @@ inline std::ptrdiff_t lane_pitch(const Conv& conv) {
 }
 
 inline std::size_t floats_of_u(const Conv& conv) {
-    return static_cast<std::size_t>(conv.groups) * conv.depth * lane_pitch(conv);
+    const int columns = conv.scheme == Scheme::winograd_2d ? PAIR_COLUMNS : 1;
+    return static_cast<std::size_t>(conv.groups) * conv.depth * columns * lane_pitch(conv);
 }
 
 inline std::size_t floats_of_m(const Conv& conv) {
-    return static_cast<std::size_t>(conv.groups) * MAX_MB * conv.tile_units * UNIT;
+    const std::size_t lanes = static_cast<std::size_t>(conv.groups) * MAX_MB * conv.tile_units * UNIT;
+    return conv.scheme == Scheme::winograd_2d ? lanes * COLUMNS_OF_M / 2 : lanes;
 }
 
 constexpr std::size_t FLOATS_OF_Y = MAX_MB * BLOCK_ROWS * 2 * UNIT;
@@ -234,42 +316,64 @@ inline void transform_back(const Conv& conv, const ConvScratch& s, std::ptrdiff_
     if (conv.scheme == Scheme::winograd_2d) {
         for (int pair = 0; 2 * pair < units; ++pair) {
             for (int k = 0; k < channels; ++k) {
-                const float* from = s.m + k * pitch + pair * UNIT;
-                F16 t[4][BLOCK_ROWS];
-                for (int g = 0; g < 4; ++g) winograd_to_rows(from + g * group, 4 * group, t[g]);
-                for (int r = 0; r < BLOCK_ROWS; ++r) {
-                    float* to = s.y + (k * BLOCK_ROWS + r) * 2 * UNIT;
-                    interleave16(t[0][r] + (t[1][r] + t[2][r]), (t[1][r] - t[2][r]) - t[3][r], to);
+                float* to = s.y + k * BLOCK_ROWS * 2 * UNIT;
+                for (int part = 0; part < UNIT; part += VL) {
+                    const float* from = s.m + k * pitch + pair * UNIT + part;
+                    F even[WINOGRAD_J], odd[WINOGRAD_J], y_even[BLOCK_ROWS], y_odd[BLOCK_ROWS];
+                    SEMEDA_UNROLL
+                    for (int j = 0; j < WINOGRAD_J; ++j, from += COLUMNS_OF_M * group) {
+                        F m[COLUMNS_OF_M];
+                        SEMEDA_UNROLL
+                        for (int x = 0; x < COLUMNS_OF_M; ++x) m[x] = load(from + x * group);
+                        even[j] = m[0], odd[j] = m[1];
+                        if constexpr (!FOUR_AT_A_TIME) winograd_to_pair(m, even[j], odd[j]);
+                    }
+                    winograd_to_rows(even, y_even);
+                    winograd_to_rows(odd, y_odd);
+                    SEMEDA_UNROLL
+                    for (int r = 0; r < BLOCK_ROWS; ++r) {
+                        F low, high;
+                        interleave(y_even[r], y_odd[r], low, high);
+                        store(to + r * 2 * UNIT + 2 * part, low);
+                        store(to + r * 2 * UNIT + 2 * part + VL, high);
+                    }
                 }
             }
             for (int half = 0; half < 2 && 2 * pair + half < units; ++half) {
-                epilogue.unit(begin + 2 * pair + half, first == 0);
+                auto pixels = epilogue.unit(begin + 2 * pair + half, first == 0);
                 for (int k = 0; k < channels; ++k) {
                     F16 y[BLOCK_ROWS];
                     for (int r = 0; r < BLOCK_ROWS; ++r) {
                         y[r] = load16(s.y + (k * BLOCK_ROWS + r) * 2 * UNIT + half * UNIT);
                     }
-                    epilogue.template put<BLOCK_ROWS>(first + k, y);
+                    pixels.template put<BLOCK_ROWS>(first + k, y);
                 }
-                epilogue.done();
+                pixels.done();
             }
         }
         return;
     }
     for (int unit = 0; unit < units; ++unit) {
-        epilogue.unit(begin + unit, first == 0);
+        auto pixels = epilogue.unit(begin + unit, first == 0);
         const float* from = s.m + unit * UNIT;
         for (int k = 0; k < channels; ++k, from += pitch) {
             if (conv.scheme == Scheme::winograd_1d) {
                 F16 y[BLOCK_ROWS];
-                winograd_to_rows(from, group, y);
-                epilogue.template put<BLOCK_ROWS>(first + k, y);
+                for (int part = 0; part < PARTS; ++part) {
+                    F m[WINOGRAD_J], rows[BLOCK_ROWS];
+                    SEMEDA_UNROLL
+                    for (int j = 0; j < WINOGRAD_J; ++j) m[j] = load(from + j * group + part * VL);
+                    winograd_to_rows(m, rows);
+                    SEMEDA_UNROLL
+                    for (int r = 0; r < BLOCK_ROWS; ++r) y[r].p[part] = rows[r];
+                }
+                pixels.template put<BLOCK_ROWS>(first + k, y);
             } else {
                 const F16 y[1] = {load16(from)};
-                epilogue.template put<1>(first + k, y);
+                pixels.template put<1>(first + k, y);
             }
         }
-        epilogue.done();
+        pixels.done();
     }
 }
 
@@ -283,14 +387,16 @@ inline int units_of_tile(int left, int most, bool pairs) {
 }
 
 // Columns [unit_begin, unit_end) of the rows: `rows` are the k - 1 + R input rows from pad above the first
-// output. For each block of channels and each unit: epilogue.unit(unit, whether the block is the first)
-// prepares 16 pixels, epilogue.put(k, values[R]) takes channel k there, epilogue.done() ends it.
+// output. For each block of channels and each unit: epilogue.unit(unit, whether the block is the first) gives
+// an object for 16 pixels, whose put(k, values[R]) takes channel k there and whose done() ends it.
 template <bool RELU, class Epilogue>
 inline void convolve(const Conv& conv, const RowRef* rows, int unit_begin, int unit_end, const ConvScratch& s,
                      Epilogue& epilogue) {
     const bool pairs = conv.scheme == Scheme::winograd_2d;
     const std::ptrdiff_t u_pitch = lane_pitch(conv), m_pitch = conv.tile_units * UNIT / (pairs ? 2 : 1);
-    const int kernel_columns = pairs ? 1 : conv.ksize;
+    // From one group to the next; groups of a channel of pairs lie together.
+    const std::ptrdiff_t u_group = pairs ? PAIR_COLUMNS * u_pitch : conv.depth * u_pitch;
+    const std::ptrdiff_t m_channel = pairs ? COLUMNS_OF_M * m_pitch : m_pitch;
     for (int begin = unit_begin, units = 0; begin < unit_end; begin += units) {
         units = units_of_tile(unit_end - begin, conv.tile_units, pairs);
         const int columns = units * UNIT, lanes = pairs ? columns / 2 : columns;
@@ -304,13 +410,12 @@ inline void convolve(const Conv& conv, const RowRef* rows, int unit_begin, int u
         const float* w = conv.packed;
         for (int block = 0; block < conv.blocks; ++block) {
             const int first = block_begin(conv, block), channels = block_begin(conv, block + 1) - first;
-            const MultiplyFn run = pairs             ? multiply_for<1>(channels)
-                                   : conv.ksize == 3 ? multiply_for<3>(channels)
-                                                     : multiply_for<0>(channels);
+            const MultiplyFn run = multiply_for(conv, channels);
             for (int g = 0; g < conv.groups; ++g) {
-                run(s.u + g * conv.depth * u_pitch, u_pitch, conv.depth, kernel_columns, w,
-                    s.m + g * channels * m_pitch, m_pitch, (lanes + VL - 1) / VL);
-                w += static_cast<std::ptrdiff_t>(conv.depth) * kernel_columns * channels;
+                run(conv, s.u + g * u_group, u_pitch, w, s.m + g * channels * m_channel, m_pitch,
+                    (lanes + VL - 1) / VL);
+                w += static_cast<std::ptrdiff_t>(conv.depth) * conv.columns * channels;
+                s.ahead->some();
             }
             transform_back(conv, s, m_pitch, first, channels, begin, units, epilogue);
         }

@@ -169,7 +169,7 @@ const char* const* built_instruction_sets() {
 void forward(const LossParams& p) {
     const Kernels& k = kernels();
     CallMemory& memory = memory_of_caller();
-    const Plan plan = make_plan(p, false, k.max_block, memory.forward_weights);
+    const Plan plan = make_plan(p, false, k, memory.forward_weights);
     ask_for_huge_pages(p.codes, p.n * p.h * code_bytes_per_row(p));
     ask_for_huge_pages(p.saved_d, p.n * p.h * saved_floats_per_row(p) * 4);
     const int width = SUM_LAYERS + p.layers;
@@ -198,7 +198,7 @@ void forward(const LossParams& p) {
 
 void backward(const LossParams& p) {
     const Kernels& k = kernels();
-    const Plan plan = make_plan(p, true, k.max_block, memory_of_caller().backward_weights);
+    const Plan plan = make_plan(p, true, k, memory_of_caller().backward_weights);
     ask_for_huge_pages(p.d_logits.data, gradient_bytes(p));
     run_tasks(plan.tasks, p.threads, k.backward_scratch(plan),
               [&](std::int64_t task, void* scratch) { k.backward_task(plan, task, scratch); });

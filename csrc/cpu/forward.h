@@ -11,7 +11,10 @@
 //
 // Rings (rings.h; rows of the region, planar, `pitch` floats a channel):
 //   e [BLOCK_ROWS + 2 pad_1][C]             b_l [BLOCK_ROWS + 2 pad_{l+1}][K_l]
-//   labels [BLOCK_ROWS + 2 reach_L]         tq_l like b_l, values before the ReLU
+//   labels [BLOCK_ROWS + 2 reach_L]         tq_l like b_l, values before the ReLU; of the last one only where
+//   more
+//                                           than one class is in reach, elsewhere `only` names the row of the
+//                                           table
 //
 // Phases of a step:
 //   1. rows of e and labels
@@ -26,10 +29,12 @@ struct ForwardScratch {
     std::ptrdiff_t label_pitch = 0;
     LabelRow* labels = nullptr;
     std::int16_t* no_labels = nullptr;  // a row of void
+    std::int16_t* only[BLOCK_ROWS] =
+        {};  // of each unit of four rows: the class that is alone in reach, or -1
     float *zeros = nullptr, *ce = nullptr;
     ConvScratch conv{};
-    float* sums[BLOCK_ROWS] = {};  // the distance of each pixel of four rows
-    float* nowhere = nullptr;      // takes rows and codes that nobody wants
+    float* sums[BLOCK_ROWS] = {};                       // the distance of each pixel of four rows
+    float *nowhere = nullptr, *code_nowhere = nullptr;  // take rows, codes and differences that nobody wants
     RowRef* rows = nullptr;
 
     ForwardScratch(const Plan& plan, Arena& arena) {
@@ -55,10 +60,15 @@ struct ForwardScratch {
         std::int32_t* start = arena.take<std::int32_t>(label_rows * label_pitch);
         std::uint8_t* bad = arena.take<std::uint8_t>(label_rows * label_pitch);
         float* valid = arena.take<float>(label_rows * label_pitch);
+        for (std::int16_t*& row : only) row = arena.take<std::int16_t>(plan.units);
         zeros = take_row(arena, plan);
         ce = take_row(arena, plan);
         for (float*& row : sums) row = take_row(arena, plan);
         nowhere = take_row(arena, plan, widest);
+        // As far apart as real codes and differences of a unit are.
+        const std::size_t of_codes = static_cast<std::size_t>(3 * widest) * plan.plane_bytes / sizeof(float);
+        const std::size_t of_saved = static_cast<std::size_t>(widest) * UNIT;
+        code_nowhere = arena.take<float>(of_codes > of_saved ? of_codes : of_saved);
         conv = needs.take(arena);
         rows = arena.take<RowRef>(BLOCK_ROWS + needs.tallest);
         if (!arena.base) return;
@@ -76,94 +86,115 @@ struct ForwardScratch {
 // Takes d_l of up to four rows: distance, codes, and b_l = relu(t(p)) - relu(t(q)) for the next layer.
 template <bool LAST, bool POST, bool L1, bool SAVE>
 struct DistanceEpilogue {
-    int rows;  // beyond these, results go nowhere
+    static constexpr int PLANES = !L1 ? !LAST : LAST || POST ? 2 : 3;  // of codes, a feature
     Distance distance;
     std::ptrdiff_t pitch;
     const float* valid[BLOCK_ROWS];
     const float* tq[BLOCK_ROWS];
+    const std::int16_t* only[BLOCK_ROWS];  // null: tq has every unit
+    const float* table;
     float* b[BLOCK_ROWS];
     float* sum[BLOCK_ROWS];
-    std::uint8_t*
-        code[BLOCK_ROWS];  // of the region's first owned unit, plane 0 of the layer; null: not this row
+    // Of the region's first owned unit; codes: plane 0 of the layer. Null: not this row.
+    std::uint8_t* code[BLOCK_ROWS];
     float* saved[BLOCK_ROWS];
-    std::ptrdiff_t plane_bytes, saved_pitch;
-    int own_begin, own_end;
-    std::uint8_t* nowhere;
-    // State of the unit.
-    int x;
-    M16 mask[BLOCK_ROWS];
-    F16 total[BLOCK_ROWS];
-    std::uint8_t* code_at[BLOCK_ROWS];
-    float* saved_at[BLOCK_ROWS];
-    std::ptrdiff_t code_step[BLOCK_ROWS], saved_step[BLOCK_ROWS];
+    std::ptrdiff_t plane_bytes;
+    int channels, own_begin, own_end;
+    float* nowhere;  // takes codes and differences that nobody wants
 
-    void unit(int number, bool first) {
-        x = number * UNIT;
-        const bool own = number >= own_begin && number < own_end;
-        for (int r = 0; r < BLOCK_ROWS; ++r) {
-            mask[r] = greater(load16(valid[r] + x), splat(0.0f));
-            total[r] = first ? splat(0.0f) : load16(sum[r] + x);
-            if (!SAVE) continue;
-            const bool here = own && code[r] != nullptr;
-            code_at[r] = here ? code[r] + (number - own_begin) * 2 : nowhere;
-            code_step[r] = here ? plane_bytes : 0;
-            if (L1) continue;
-            saved_at[r] = here ? saved[r] + (number - own_begin) * UNIT : reinterpret_cast<float*>(nowhere);
-            saved_step[r] = here ? saved_pitch : 0;
+    // Sixteen pixels of the rows. A local object, which no store of a code can change, so it stays in
+    // registers.
+    struct Pixels {
+        M16 mask[BLOCK_ROWS];
+        F16 total[BLOCK_ROWS];
+        const float* tq[BLOCK_ROWS];
+        const float* alone[BLOCK_ROWS];  // t(q) of the unit, one value a channel; null: tq has it
+        float* b[BLOCK_ROWS];
+        float* sum[BLOCK_ROWS];
+        std::uint8_t* code[BLOCK_ROWS];
+        float* saved[BLOCK_ROWS];
+        std::ptrdiff_t pitch, plane_bytes;
+        bool l2;
+
+        static void put_bits(std::uint8_t* to, unsigned word) {
+            const std::uint16_t w = static_cast<std::uint16_t>(word);
+            std::memcpy(to, &w, sizeof(w));
         }
-    }
 
-    static void put_bits(std::uint8_t* to, unsigned word) {
-        const std::uint16_t w = static_cast<std::uint16_t>(word);
-        std::memcpy(to, &w, sizeof(w));
-    }
-
-    template <int ROWS>
-    void put(int k, const F16* d) {
-        const F16 zero = splat(0.0f);
-        for (int r = 0; r < ROWS; ++r) {
-            F16 seen = d[r];
-            unsigned on = 0;
-            if (!LAST || POST) {
-                const F16 target = load16(tq[r] + k * pitch + x), prediction = target + d[r];
-                const F16 difference = relu(prediction) - relu(target);
-                if (!LAST) store16(b[r] + k * pitch + x, difference);
-                if (SAVE) on = bits(greater(prediction, zero));
-                if (POST) seen = difference;
-            }
-            seen = select(mask[r], seen, zero);
-            if (L1) {
-                total[r] = total[r] + vabs(seen);
-            } else if (distance == Distance::l2) {
-                total[r] = fma(seen, seen, total[r]);
-            } else {
-                const F16 size = vabs(seen), half = splat(0.5f);
-                total[r] = total[r] + select(greater(splat(1.0f), size), half * size * size, size - half);
-            }
-            if (SAVE && L1) {
+        template <int ROWS>
+        void put(int k, const F16* d) {
+            const F16 zero = splat(0.0f);
+            const std::ptrdiff_t at = k * pitch, plane = k * PLANES * plane_bytes;
+            SEMEDA_UNROLL
+            for (int r = 0; r < ROWS; ++r) {
+                F16 seen = d[r];
+                unsigned on = 0;
+                if (!LAST || POST) {
+                    const F16 target = alone[r] ? splat(alone[r][k]) : load16(tq[r] + at);
+                    const F16 prediction = target + d[r];
+                    const F16 difference = relu(prediction) - relu(target);
+                    if (!LAST) store16(b[r] + at, difference);
+                    if (SAVE) on = bits(greater(prediction, zero));
+                    if (POST) seen = difference;
+                }
+                seen = select(mask[r], seen, zero);
+                if (L1) {
+                    total[r] = total[r] + vabs(seen);
+                } else if (l2) {
+                    total[r] = fma(seen, seen, total[r]);
+                } else {
+                    const F16 size = vabs(seen), half = splat(0.5f);
+                    total[r] = total[r] + select(greater(splat(1.0f), size), half * size * size, size - half);
+                }
+                if (!SAVE) continue;
+                std::uint8_t* to = code[r] + plane;
+                if (!L1) {
+                    store16(saved[r] + k * UNIT, POST ? select(from_bits16(on), seen, zero) : seen);
+                    if (!LAST) put_bits(to, on);
+                    continue;
+                }
                 const unsigned above = bits(greater(seen, zero)), below = bits(greater(zero, seen));
                 if (LAST) {
                     const unsigned kept = POST ? on : 0xffffu;
-                    put_bits(code_at[r] + 2 * k * code_step[r], above & kept);
-                    put_bits(code_at[r] + (2 * k + 1) * code_step[r], below & kept);
+                    put_bits(to, above & kept);
+                    put_bits(to + plane_bytes, below & kept);
                 } else if (POST) {
-                    put_bits(code_at[r] + 2 * k * code_step[r], on & ~below);
-                    put_bits(code_at[r] + (2 * k + 1) * code_step[r], on & ~above);
+                    put_bits(to, on & ~below);
+                    put_bits(to + plane_bytes, on & ~above);
                 } else {
-                    put_bits(code_at[r] + 3 * k * code_step[r], above);
-                    put_bits(code_at[r] + (3 * k + 1) * code_step[r], below);
-                    put_bits(code_at[r] + (3 * k + 2) * code_step[r], on);
+                    put_bits(to, above);
+                    put_bits(to + plane_bytes, below);
+                    put_bits(to + 2 * plane_bytes, on);
                 }
             }
-            if (SAVE && !L1) {
-                store16(saved_at[r] + k * saved_step[r], POST ? select(from_bits16(on), seen, zero) : seen);
-                if (!LAST) put_bits(code_at[r] + k * code_step[r], on);
-            }
         }
-    }
 
-    void done() {
-        for (int r = 0; r < BLOCK_ROWS; ++r) store16(sum[r] + x, total[r]);
+        void done() {
+            for (int r = 0; r < BLOCK_ROWS; ++r) store16(sum[r], total[r]);
+        }
+    };
+
+    Pixels unit(int number, bool first) const {
+        Pixels at;
+        const int x = number * UNIT;
+        const bool own = number >= own_begin && number < own_end;
+        at.pitch = pitch;
+        at.plane_bytes = plane_bytes;
+        at.l2 = distance == Distance::l2;
+        SEMEDA_UNROLL
+        for (int r = 0; r < BLOCK_ROWS; ++r) {
+            at.mask[r] = greater(load16(valid[r] + x), splat(0.0f));
+            at.total[r] = first ? splat(0.0f) : load16(sum[r] + x);
+            at.sum[r] = sum[r] + x;
+            const int label = only[r] ? only[r][number] : -1;
+            at.alone[r] = label < 0 ? nullptr : table + static_cast<std::ptrdiff_t>(label) * channels;
+            at.tq[r] = !LAST || POST ? tq[r] + x : nullptr;
+            at.b[r] = LAST ? nullptr : b[r] + x;
+            const bool here = own && code[r];
+            at.code[r] = here ? code[r] + (number - own_begin) * 2 : reinterpret_cast<std::uint8_t*>(nowhere);
+            at.saved[r] = here && saved[r] ? saved[r] + (number - own_begin) * channels * UNIT : nowhere;
+        }
+        return at;
     }
 };
 
@@ -172,13 +203,20 @@ struct TargetEpilogue {
     const float* bias;
     std::ptrdiff_t pitch;
     float* to[BLOCK_ROWS];
-    int x;
-    void unit(int number, bool) { x = number * UNIT; }
-    template <int ROWS>
-    void put(int k, const F16* t) {
-        for (int r = 0; r < ROWS; ++r) store16(to[r] + k * pitch + x, t[r] + splat(bias[k]));
-    }
-    void done() {}
+
+    struct Pixels {
+        const TargetEpilogue& all;
+        int x;
+        template <int ROWS>
+        void put(int k, const F16* t) {
+            for (int r = 0; r < ROWS; ++r) {
+                store16(all.to[r] + k * all.pitch + x, t[r] + splat(all.bias[k]));
+            }
+        }
+        void done() {}
+    };
+
+    Pixels unit(int number, bool) const { return {*this, number * UNIT}; }
 };
 
 class ForwardTask {
@@ -190,7 +228,10 @@ class ForwardTask {
           cw_(p_),
           arena_{static_cast<char*>(scratch), 0},
           s_(plan, arena_),
-          sums_(sums) {}
+          sums_(sums) {
+        s_.conv.ahead = &ahead_;
+        for (int l = 0; l < p_.layers; ++l) products_ += products_of(plan.fwd[l], win_.units);
+    }
 
     void run() {
         for (int l = 0; l <= p_.layers; ++l) done_[l] = win_.y0 > plan_.halo[l] ? win_.y0 - plan_.halo[l] : 0;
@@ -213,11 +254,27 @@ class ForwardTask {
                     }
                     done_[l] += rows;
                 }
+                if (l == 0) look_ahead();
             }
         }
     }
 
   private:
+    // The rows that the next step begins with.
+    void look_ahead() {
+        const std::int64_t y = done_[0],
+                           end = win_.y1 + plan_.halo[0] < p_.h ? win_.y1 + plan_.halo[0] : p_.h;
+        const int rows = static_cast<int>(end - y < BLOCK_ROWS ? end - y : BLOCK_ROWS);
+        ahead_.clear();
+        ahead_.add(p_.logits, win_.n, y, rows, win_.xa, win_.width, p_.binary ? 1 : p_.classes);
+        ahead_.add(p_.target, win_.n, y, rows, win_.xa, win_.width, p_.soft ? p_.soft_channels : 1);
+        for (int l = 0; l < p_.layers; ++l) {
+            const std::int64_t next = done_[l + 1] + BLOCK_ROWS;
+            if (next >= win_.y0) ahead_.add_saved(plan_, win_, l, next, win_.y1);
+        }
+        ahead_.spread(products_);
+    }
+
     double* sums_of(std::int64_t y) const {
         return sums_ + ((win_.n * p_.h + y) * plan_.strips + win_.strip) * (SUM_LAYERS + p_.layers);
     }
@@ -292,30 +349,34 @@ class ForwardTask {
     // t_1(q) of 16 pixels: a sum of weight columns picked by the labels around each.
     void gather(std::int64_t y, int unit, float* to) const {
         const Layer& layer = p_.layer[0];
-        const int pad = layer.ksize / 2, width = plan_.columns_width, groups = width / UNIT;
-        float pixel[UNIT][64];
-        for (int i = 0; i < UNIT; ++i) {
-            F16 acc[4];
-            for (int g = 0; g < groups; ++g) acc[g] = splat(0.0f);
-            int tap = 0;
-            for (int dy = -pad; dy <= pad; ++dy) {
-                const bool inside = y + dy >= 0 && y + dy < p_.h;
-                const std::int16_t* label =
-                    (inside ? labels(y + dy).label : s_.no_labels) + unit * UNIT + i - pad;
-                for (int dx = 0; dx < layer.ksize; ++dx, ++tap) {
-                    const float* column =
-                        plan_.columns +
-                        (static_cast<std::ptrdiff_t>(tap) * (p_.classes + 1) + label[dx]) * width;
-                    for (int g = 0; g < groups; ++g) acc[g] = acc[g] + load16(column + g * UNIT);
+        const int pad = layer.ksize / 2, width = plan_.columns_width;
+        const std::ptrdiff_t tap = static_cast<std::ptrdiff_t>(p_.classes + 1) * width;
+        for (int first = 0; first < layer.out; first += UNIT) {
+            F16 rows[UNIT];
+            for (int i = 0; i < UNIT; ++i) {
+                const float* column = plan_.columns + first;
+                F16 sum = splat(0.0f);
+                for (std::int64_t row = y - pad; row <= y + pad; ++row) {
+                    const bool inside = row >= 0 && row < p_.h;
+                    const std::int16_t* label =
+                        (inside ? labels(row).label : s_.no_labels) + unit * UNIT + i - pad;
+                    for (int dx = 0; dx < layer.ksize; ++dx, column += tap) {
+                        sum = sum + load16(column + static_cast<std::ptrdiff_t>(label[dx]) * width);
+                    }
                 }
+                rows[i] = sum;
             }
-            for (int g = 0; g < groups; ++g) store16(pixel[i] + g * UNIT, acc[g]);
-        }
-        for (int k = 0; k < layer.out; ++k) {
-            float* row = to + k * plan_.pitch + unit * UNIT;
-            for (int i = 0; i < UNIT; ++i) row[i] = pixel[i][k] + layer.bias[k];
+            transpose16(rows);
+            const int end = layer.out - first < UNIT ? layer.out - first : UNIT;
+            for (int k = 0; k < end; ++k) {
+                store16(to + (first + k) * plan_.pitch + unit * UNIT, rows[k] + splat(layer.bias[first + k]));
+            }
         }
     }
+
+    // Whether no other layer of the target reads t_l(q), so that a class alone in reach needs no copies of
+    // its row.
+    bool is_end_of_target(int l) const { return l + 1 == plan_.target_layers; }
 
     void target(int l, std::int64_t y, int rows) {
         if (l == 0 && !p_.soft) {
@@ -323,29 +384,36 @@ class ForwardTask {
                 float* to = s_.tq[0].row(y + r);
                 for (int unit = 0; unit < win_.units; ++unit) {
                     const int label = only_class_of_block(y + r, 1, unit, plan_.reach[1]);
-                    label >= 0 ? fill(0, to, unit, label) : gather(y + r, unit, to);
+                    s_.only[r][unit] = static_cast<std::int16_t>(label);
+                    if (label < 0) gather(y + r, unit, to);
+                    if (label >= 0 && !is_end_of_target(0)) fill(0, to, unit, label);
                 }
             }
         } else {
             const Conv& conv = plan_.target[l];
             const int step = conv.scheme != Scheme::plain ? BLOCK_ROWS : 1;
-            for (int r = 0; r < rows; r += step) target_rows(l, y + r, rows - r < step ? rows - r : step);
+            for (int r = 0; r < rows; r += step) target_rows(l, y, r, rows - r < step ? rows - r : step);
         }
         for (int r = 0; r < rows; ++r) clean_tail(s_.tq[l].row(y + r), p_.layer[l].out);
     }
 
-    void target_rows(int l, std::int64_t y, int rows) {
+    // Rows [y + first, y + first + rows) of the block that begins with row y.
+    void target_rows(int l, std::int64_t y, int first, int rows) {
+        y += first;
         const Conv& conv = plan_.target[l];
         input_rows(conv, l ? s_.tq[l - 1] : s_.q, y, rows, p_.h, s_.zeros, s_.rows);
-        TargetEpilogue epilogue{p_.layer[l].bias, plan_.pitch, {}, 0};
+        TargetEpilogue epilogue{p_.layer[l].bias, plan_.pitch, {}};
         for (int r = 0; r < BLOCK_ROWS; ++r) epilogue.to[r] = r < rows ? s_.tq[l].row(y + r) : s_.nowhere;
         int begin = 0;  // of the units that are not elided and not yet computed
         for (int unit = 0; unit <= win_.units; ++unit) {
             int label = -1;
             if (unit < win_.units) {
                 if (!p_.soft) label = only_class_of_block(y, rows, unit, plan_.reach[l + 1]);
+                for (int r = 0; r < rows; ++r) {
+                    s_.only[first + r][unit] = static_cast<std::int16_t>(label);
+                    if (label >= 0 && !is_end_of_target(l)) fill(l, epilogue.to[r], unit, label);
+                }
                 if (label < 0) continue;
-                for (int r = 0; r < rows; ++r) fill(l, epilogue.to[r], unit, label);
             }
             if (begin < unit) convolve_relu(l > 0, conv, s_.rows, begin, unit, s_.conv, epilogue);
             begin = unit + 1;
@@ -358,45 +426,47 @@ class ForwardTask {
         for (int r = 0; r < rows; r += step) {
             const int count = rows - r < step ? rows - r : step;
             if (last) {
-                post ? choose<true, true>(l1, l, y + r, count) : choose<true, false>(l1, l, y + r, count);
+                post ? choose<true, true>(l1, l, y, r, count) : choose<true, false>(l1, l, y, r, count);
             } else {
-                post ? choose<false, true>(l1, l, y + r, count) : choose<false, false>(l1, l, y + r, count);
+                post ? choose<false, true>(l1, l, y, r, count) : choose<false, false>(l1, l, y, r, count);
             }
         }
     }
 
     template <bool LAST, bool POST>
-    void choose(bool l1, int l, std::int64_t y, int rows) {
+    void choose(bool l1, int l, std::int64_t y, int first, int rows) {
         const bool save = p_.codes != nullptr;
         if (l1) {
-            save ? prediction_rows<LAST, POST, true, true>(l, y, rows)
-                 : prediction_rows<LAST, POST, true, false>(l, y, rows);
+            save ? prediction_rows<LAST, POST, true, true>(l, y, first, rows)
+                 : prediction_rows<LAST, POST, true, false>(l, y, first, rows);
         } else {
-            save ? prediction_rows<LAST, POST, false, true>(l, y, rows)
-                 : prediction_rows<LAST, POST, false, false>(l, y, rows);
+            save ? prediction_rows<LAST, POST, false, true>(l, y, first, rows)
+                 : prediction_rows<LAST, POST, false, false>(l, y, first, rows);
         }
     }
 
     template <bool LAST, bool POST, bool L1, bool SAVE>
-    void prediction_rows(int l, std::int64_t y, int rows) {
+    void prediction_rows(int l, std::int64_t y, int first, int rows) {
+        y += first;
         const Conv& conv = plan_.fwd[l];
         const Layer& layer = p_.layer[l];
         input_rows(conv, l ? s_.b[l - 1] : s_.e, y, rows, p_.h, s_.zeros, s_.rows);
         DistanceEpilogue<LAST, POST, L1, SAVE> epilogue;
-        epilogue.rows = rows;
         epilogue.distance = p_.distance;
         epilogue.pitch = plan_.pitch;
         epilogue.plane_bytes = plan_.plane_bytes;
-        epilogue.saved_pitch = plan_.saved_pitch;
+        epilogue.channels = layer.out;
+        epilogue.table = plan_.table[l];
         epilogue.own_begin = win_.own_begin;
         epilogue.own_end = win_.own_end;
-        epilogue.nowhere = reinterpret_cast<std::uint8_t*>(s_.nowhere);
+        epilogue.nowhere = s_.code_nowhere;
         const std::int64_t first_unit = win_.xa / UNIT + win_.own_begin;
         for (int r = 0; r < BLOCK_ROWS; ++r) {
             const std::int64_t row = y + r, in_batch = win_.n * p_.h + row;
             const bool wanted = r < rows, own = wanted && owned(row);
             epilogue.valid[r] = wanted ? labels(row).valid : s_.zeros;
             epilogue.tq[r] = (!LAST || POST) ? (wanted ? s_.tq[l].row(row) : s_.tq[l].row(y)) : nullptr;
+            epilogue.only[r] = wanted && is_end_of_target(l) ? s_.only[first + r] : nullptr;
             epilogue.b[r] = LAST ? nullptr : wanted ? s_.b[l].row(row) : s_.nowhere;
             epilogue.sum[r] = s_.sums[r];
             epilogue.code[r] = nullptr;
@@ -406,7 +476,8 @@ class ForwardTask {
                                    plan_.plane[l] * plan_.plane_bytes + first_unit * 2;
                 if (!L1) {
                     epilogue.saved[r] = p_.saved_d + in_batch * plan_.saved_pitch * plan_.saved_planes +
-                                        plan_.saved_plane[l] * plan_.saved_pitch + first_unit * UNIT;
+                                        plan_.saved_plane[l] * plan_.saved_pitch +
+                                        first_unit * layer.out * UNIT;
                 }
             }
         }
@@ -448,6 +519,8 @@ class ForwardTask {
     const ClassWeights cw_;
     Arena arena_;
     ForwardScratch s_;
+    Ahead ahead_;
+    std::int64_t products_ = 0;
     double* sums_;
     std::int64_t done_[MAX_LAYERS + 1];
 };

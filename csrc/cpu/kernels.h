@@ -29,6 +29,7 @@ namespace SEMEDA_ISA {
 #include "simd.h"
 #include "rows.h"
 #include "pixels.h"
+#include "ahead.h"
 #include "conv.h"
 #include "rings.h"
 #include "forward.h"
@@ -71,13 +72,9 @@ double fma_loop(std::int64_t rounds) {
 
 #define SEMEDA_TEXT(x) #x
 #define SEMEDA_NAME(x) SEMEDA_TEXT(x)
-const Kernels table = {SEMEDA_NAME(SEMEDA_ISA),
-                       MAX_MB,
-                       scratch_bytes<ForwardScratch>,
-                       scratch_bytes<BackwardScratch>,
-                       forward_task,
-                       backward_task,
-                       fma_loop};
+const Kernels table = {
+    SEMEDA_NAME(SEMEDA_ISA),        MAX_MB,       MAX_MB_2D,     scratch_bytes<ForwardScratch>,
+    scratch_bytes<BackwardScratch>, forward_task, backward_task, fma_loop};
 
 }  // namespace SEMEDA_ISA
 }  // namespace

@@ -37,25 +37,25 @@ void weights_2_3(double a, double b, double c, double* g) {
     g[3] = c;
 }
 
-Conv make_conv(int in, int out, int ksize, int max_block, bool columns_too) {
+Conv make_conv(int in, int out, int ksize, const Kernels& kernels, bool columns_too) {
     Conv c;
     c.in = in;
     c.out = out;
     c.ksize = ksize;
     c.pad = ksize / 2;
     c.scheme = ksize != 3 ? Scheme::plain : columns_too ? Scheme::winograd_2d : Scheme::winograd_1d;
-    c.groups = c.scheme == Scheme::plain ? 1 : c.scheme == Scheme::winograd_1d ? WINOGRAD_J : 4 * WINOGRAD_J;
+    c.groups = c.scheme == Scheme::plain ? 1 : WINOGRAD_J;
+    c.columns = c.scheme == Scheme::winograd_2d ? PAIR_COLUMNS : ksize;
     c.depth = c.scheme == Scheme::plain ? in * ksize : in;
+    const int max_block = c.scheme == Scheme::winograd_2d ? kernels.max_block_2d : kernels.max_block;
     c.blocks = (out + max_block - 1) / max_block;
     // A transformed tile should stay in the second-level cache.
     c.tile_units = c.scheme == Scheme::winograd_2d || c.groups * c.depth <= 6 * 64 ? TILE_2D_UNITS : 3;
     return c;
 }
 
-int kernel_columns(const Conv& c) { return c.scheme == Scheme::winograd_2d ? 1 : c.ksize; }
-
 std::size_t packed_floats(const Conv& c) {
-    return static_cast<std::size_t>(c.groups) * c.depth * kernel_columns(c) * c.out;
+    return static_cast<std::size_t>(c.groups) * c.depth * c.columns * c.out;
 }
 
 // One kernel [k, k] in the order [group][row where plain][kernel column]; `turned` reverses both axes.
@@ -74,7 +74,7 @@ void transform_kernel(const Conv& c, const float* kernel, bool turned, std::vect
     for (int x = 0; x < 3; ++x) weights_4_3(at(0, x), at(1, x), at(2, x), g[x]);
     for (int j = 0; j < WINOGRAD_J; ++j) {
         if (c.scheme == Scheme::winograd_2d) {
-            weights_2_3(g[0][j], g[1][j], g[2][j], &out[static_cast<std::size_t>(4 * j)]);
+            weights_2_3(g[0][j], g[1][j], g[2][j], &out[static_cast<std::size_t>(PAIR_COLUMNS * j)]);
         } else {
             for (int x = 0; x < 3; ++x) out[static_cast<std::size_t>(3 * j + x)] = g[x][j];
         }
@@ -84,7 +84,7 @@ void transform_kernel(const Conv& c, const float* kernel, bool turned, std::vect
 // weight is [K_l, K_{l-1}, k, k]; turned: channels exchanged and the kernel turned by 180 degrees, for the
 // gradient.
 void pack(const Conv& c, const float* weight, bool turned, float* packed) {
-    const int columns = kernel_columns(c), taps = c.ksize * c.ksize;
+    const int columns = c.columns, taps = c.ksize * c.ksize;
     const bool plain = c.scheme == Scheme::plain;
     std::vector<double> kernel(static_cast<std::size_t>(std::max(taps, c.groups * columns)));
     for (int block = 0; block < c.blocks; ++block) {
@@ -237,13 +237,14 @@ namespace {
 
 // All that packed weights and tables depend on: every weight, not its address, which may be another proxy's
 // by now.
-std::vector<char> key_of(const LossParams& p, int max_block) {
+std::vector<char> key_of(const LossParams& p, const Kernels& kernels) {
     std::vector<char> key;
     const auto add = [&](const void* data, std::size_t bytes) {
         const char* from = static_cast<const char*>(data);
         key.insert(key.end(), from, from + bytes);
     };
-    const int head[] = {max_block, p.layers, p.classes, static_cast<int>(p.tap), static_cast<int>(p.soft)};
+    const int head[] = {kernels.max_block, kernels.max_block_2d,    p.layers,
+                        p.classes,         static_cast<int>(p.tap), static_cast<int>(p.soft)};
     add(head, sizeof(head));
     for (int l = 0; l < p.layers; ++l) {
         const Layer& layer = p.layer[l];
@@ -258,7 +259,7 @@ std::vector<char> key_of(const LossParams& p, int max_block) {
 
 }  // namespace
 
-Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& memory) {
+Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanMemory& memory) {
     Plan plan;
     plan.params = &p;
     for (int l = p.layers; l-- > 0;) plan.halo[l] = plan.halo[l + 1] + p.layer[l].ksize / 2;
@@ -275,12 +276,12 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
         widest_pad = std::max(widest_pad, layer.ksize / 2);
         const bool columns_too = std::min(layer.in, layer.out) >= WINOGRAD_2D_FROM;
         if (backward) {
-            plan.bwd[l] = make_conv(layer.out, layer.in, layer.ksize, max_block, columns_too);
+            plan.bwd[l] = make_conv(layer.out, layer.in, layer.ksize, kernels, columns_too);
             floats += packed_floats(plan.bwd[l]);
         } else {
-            plan.fwd[l] = make_conv(layer.in, layer.out, layer.ksize, max_block, columns_too);
+            plan.fwd[l] = make_conv(layer.in, layer.out, layer.ksize, kernels, columns_too);
             // Computed in runs of single units, where pairs of columns would waste half a vector.
-            plan.target[l] = make_conv(layer.in, layer.out, layer.ksize, max_block, false);
+            plan.target[l] = make_conv(layer.in, layer.out, layer.ksize, kernels, false);
             floats += packed_floats(plan.fwd[l]) + packed_floats(plan.target[l]);
         }
     }
@@ -300,7 +301,7 @@ Plan make_plan(const LossParams& p, bool backward, int max_block, PlanMemory& me
     }
     char* base = reinterpret_cast<char*>(memory.floats(count.used / sizeof(float) + LINE));
     float* packed = reinterpret_cast<float*>(base);
-    const bool known = memory.is_known(key_of(p, max_block));
+    const bool known = memory.is_known(key_of(p, kernels));
     const auto pack_next = [&](Conv& conv, int l) {
         if (!known) pack(conv, p.layer[l].weight, backward, packed);
         conv.packed = packed;

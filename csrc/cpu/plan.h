@@ -26,9 +26,10 @@
 
 namespace semeda_fast {
 
-constexpr int UNIT = 16;       // pixels; strips, code words and pointwise vectors are counted in units
-constexpr int BLOCK_ROWS = 4;  // rows that a layer makes at a time, the output tile of F(4,3)
-constexpr int WINOGRAD_J = 6;  // rows of a tile in the transformed domain
+constexpr int UNIT = 16;         // pixels; strips, code words and pointwise vectors are counted in units
+constexpr int BLOCK_ROWS = 4;    // rows that a layer makes at a time, the output tile of F(4,3)
+constexpr int WINOGRAD_J = 6;    // rows of a tile in the transformed domain
+constexpr int PAIR_COLUMNS = 4;  // columns of a tile in the domain of F(2,3)
 constexpr int TILE_2D_UNITS = 6;
 constexpr float WINOGRAD_A = 0.75f, WINOGRAD_B = 1.5f;  // points of F(4,3): 0, +-A, +-B, infinity
 
@@ -39,9 +40,10 @@ enum class Scheme : int { plain, winograd_1d, winograd_2d };
 struct Conv {
     int in = 0, out = 0, ksize = 0, pad = 0;
     Scheme scheme = Scheme::plain;
-    int groups = 1;      // products per tile that are summed apart
+    int groups = 1;      // products per tile that are summed apart: rows of Winograd's domain
     int depth = 0;       // channels per group: in, or in * ksize where kernel rows are channels of one group
     int blocks = 0;      // output channels are cut into so many register blocks
+    int columns = 1;     // of the kernel in a group; winograd_2d: of Winograd's domain, PAIR_COLUMNS
     int tile_units = 0;  // columns that are taken at a time, in units
     const float* packed = nullptr;  // [blocks][groups][depth][kernel columns][channels of the block]
 };
@@ -98,8 +100,10 @@ struct Plan {
     // Codes of one row: planes of one bit a pixel, 2 bytes a unit.
     int plane[MAX_LAYERS] = {}, planes_per_feature[MAX_LAYERS] = {}, planes = 0;
     std::int64_t plane_bytes = 0;
-    int saved_plane[MAX_LAYERS] = {}, saved_planes = 0;  // of saved_d, floats
-    std::int64_t saved_pitch = 0;                        // floats of one saved plane
+    // saved_d of one row, floats: [layer][unit][K_l][UNIT], so that each layer is written and read in one
+    // stream.
+    int saved_plane[MAX_LAYERS] = {}, saved_planes = 0;
+    std::int64_t saved_pitch = 0;  // floats of one feature
 };
 
 // Owns what a plan points to; one for each calling thread, its memory is kept from call to call.
@@ -120,14 +124,15 @@ class PlanMemory {
     std::size_t size_ = 0;
 };
 
-// `max_block` is the most output channels that the kernels' registers hold. Packs forward or backward
-// weights.
-Plan make_plan(const LossParams& params, bool backward, int max_block, PlanMemory& memory);
+struct Kernels;
+
+// Packs forward or backward weights for these kernels.
+Plan make_plan(const LossParams& params, bool backward, const Kernels& kernels, PlanMemory& memory);
 
 // What an instruction set's file offers. Scratch is zeroed by the task itself.
 struct Kernels {
     const char* name;
-    int max_block;
+    int max_block, max_block_2d;  // the most output channels that registers hold; in winograd_2d
     std::size_t (*forward_scratch)(const Plan&);
     std::size_t (*backward_scratch)(const Plan&);
     // Sums of the task's rows go to sums + (row of the batch * strips + strip) * (SUM_LAYERS + L).

@@ -28,7 +28,7 @@ struct ConvNeeds {
         tallest = tallest > conv.ksize ? tallest : conv.ksize;
     }
     ConvScratch take(Arena& arena) const {
-        return {arena.take<float>(u), arena.take<float>(m), arena.take<float>(FLOATS_OF_Y)};
+        return {arena.take<float>(u), arena.take<float>(m), arena.take<float>(FLOATS_OF_Y), nullptr};
     }
 };
 

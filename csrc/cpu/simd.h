@@ -12,6 +12,8 @@
 
 constexpr int VL = 16;
 constexpr int MAX_MB = 8;  // output channels x vectors held in registers: 8 x 3 accumulators of 32
+constexpr bool FOUR_AT_A_TIME = true;  // registers hold all four columns of F(2,3) at a time ...
+constexpr int MAX_MB_2D = 7;           // ... of so many channels
 constexpr int MAX_NV = 3;
 struct F {
     __m512 v;
@@ -65,6 +67,8 @@ inline void interleave(F even, F odd, F& a, F& b) {
 
 constexpr int VL = 8;
 constexpr int MAX_MB = 4;  // 4 x 3 accumulators of 16
+constexpr bool FOUR_AT_A_TIME = false;
+constexpr int MAX_MB_2D = MAX_MB;
 constexpr int MAX_NV = 3;
 struct F {
     __m256 v;
@@ -137,6 +141,8 @@ constexpr int MAX_MB = 8;  // 32 registers
     #else
 constexpr int MAX_MB = 4;
     #endif
+constexpr bool FOUR_AT_A_TIME = false;
+constexpr int MAX_MB_2D = MAX_MB;
 constexpr int MAX_NV = 3;
 
     #if defined(__GNUC__)
@@ -285,13 +291,19 @@ inline void store16(float* p, F16 a) {
 inline F16 splat(float x) {
     return map16([&](int) { return set1(x); });
 }
-// even[0], odd[0], even[1], ... to 32 floats.
-inline void interleave16(F16 even, F16 odd, float* to) {
-    for (int i = 0; i < PARTS; ++i) {
-        F a, b;
-        interleave(even.p[i], odd.p[i], a, b);
-        store(to + 2 * i * VL, a);
-        store(to + (2 * i + 1) * VL, b);
+// a: even[0], odd[0], even[1], ...; b: the rest.
+inline void interleave16(F16 even, F16 odd, F16& a, F16& b) {
+    F parts[2 * PARTS];
+    for (int i = 0; i < PARTS; ++i) interleave(even.p[i], odd.p[i], parts[2 * i], parts[2 * i + 1]);
+    for (int i = 0; i < PARTS; ++i) a.p[i] = parts[i], b.p[i] = parts[PARTS + i];
+}
+// Lane i of row k becomes lane k of row i: four perfect shuffles.
+inline void transpose16(F16* rows) {
+    for (int step = 0; step < 4; ++step) {
+        F16 mixed[16];
+        SEMEDA_UNROLL
+        for (int i = 0; i < 8; ++i) interleave16(rows[i], rows[i + 8], mixed[2 * i], mixed[2 * i + 1]);
+        for (int i = 0; i < 16; ++i) rows[i] = mixed[i];
     }
 }
 inline F16 operator+(F16 a, F16 b) {

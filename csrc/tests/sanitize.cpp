@@ -298,7 +298,7 @@ void run(const Case& c, Coverage& seen) {
     Judge judge{describe(c), &seen.findings};
     if (why_unsupported(problem.p)) return judge.expect(false, "the case is not supported");
     PlanMemory memory;
-    const Plan plan = make_plan(problem.p, false, 4, memory);
+    const Plan plan = make_plan(problem.p, false, *portable_kernels(), memory);
     seen.strips += plan.strips > 1;
     seen.chunks += plan.chunks > 1;
     seen.both += plan.strips > 1 && plan.chunks > 1;
