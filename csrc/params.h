@@ -53,7 +53,7 @@ struct LossParams {
     float* terms = nullptr;          // [3 + L]: ce, semeda, ce_weight, per_layer...
     std::int64_t* counts = nullptr;  // [2]: valid pixels, pixels whose label is no class
     std::uint8_t* codes = nullptr;   // [N,H,code_bytes(...)], or null: no backward will come
-    float* saved_d = nullptr;        // [N,H,saved_floats(...)]: l2 and smooth_l1 need d itself
+    float* saved_d = nullptr;  // [N,H,saved_floats(...)]: l2 and smooth_l1 need d itself; order: cpu/plan.h
 
     // Backward.
     View d_ce;      // f32, [] as strides 0, or [N,H,W]

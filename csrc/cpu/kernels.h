@@ -32,6 +32,7 @@ namespace SEMEDA_ISA {
 #include "ahead.h"
 #include "conv.h"
 #include "rings.h"
+#include "distance.h"
 #include "forward.h"
 #include "backward.h"
 // clang-format on
