@@ -83,7 +83,8 @@ RECIPES = (
     _late("wce", "w-l2-003", "last third, 0.03, L2", *_weight(0.03), *L2),
     _late("wce", "w-l2-01", "last third, 0.1, L2", *_weight(0.1), *L2),
     # Other proxies, with the weight at which they pull as hard as the bundled one does with 0.03. L2's gradient at the
-    # logits of wce-s1 after 20 epochs is 48 times as long as cross-entropy's (bundled), 143, 54, 82, 4.4 (identity).
+    # logits of wce-s1 after 20 epochs is 48 times as long as cross-entropy's (bundled), 143, 54, 44, 82, and 4.4
+    # (identity).
     _late("wce", "w-l2-proxy", "last third, L2, proxy trained on CamVid, 0.01", *_weight(0.01), *L2, proxy="camvid"),
     _late(
         "wce",
@@ -91,6 +92,13 @@ RECIPES = (
         "last third, L2, proxy trained on CamVid without noise and temperature, 0.03",
         *(*_weight(0.03), *L2),
         proxy="camvid-plain",
+    ),
+    _late(
+        "wce",
+        "w-l2-universal-plain",
+        "last third, L2, bundled proxy trained again without noise and temperature, 0.03",
+        *(*_weight(0.03), *L2),
+        proxy="universal-plain",
     ),
     _late("wce", "w-l2-post", "last third, L2, taps behind the ReLU, 0.0175", *_weight(0.0175), *L2, proxy="post"),
     Recipe("w-l2-early", "from epoch 3 on, 0.03, L2", (*EARLY, *_weight(0.03)), base="wce"),
@@ -134,5 +142,6 @@ RIVALS = (
     ("w-l2-early", "w-brier-early"),
     ("w-l2-proxy", "w-l2-003"),
     ("w-l2-plain", "w-l2-proxy"),
+    ("w-l2-universal-plain", "w-l2-003"),
     ("w-l2-post", "w-l2-003"),
 )

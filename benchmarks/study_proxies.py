@@ -10,6 +10,7 @@ import torch
 from semeda_fast import EdgeProxy, train_proxy
 from semeda_fast.proxy import MaskFolder, ProxyLayer
 from semeda_fast.proxy.quality import measure_scales
+from semeda_fast.proxy.universal import train_universal
 
 CLASSES, VOID = 11, 11
 
@@ -26,6 +27,12 @@ def _camvid(data: Path, **options: object) -> EdgeProxy:
 def _camvid_plain(data: Path) -> EdgeProxy:
     """The same, from one-hot maps alone: no noise, no temperature."""
     return _camvid(data, noise=0.0, temperature=1e-3)
+
+
+def _universal_plain(data: Path) -> EdgeProxy:
+    """The bundled proxy, trained again from one-hot maps alone; its layer scales are of synthetic masks, too."""
+    del data
+    return train_universal(steps=3000, noise=0.0, temperature=1e-3).slice_classes(CLASSES)
 
 
 def _post(data: Path) -> EdgeProxy:
@@ -47,6 +54,7 @@ def _identity(data: Path) -> EdgeProxy:
 PROXIES: dict[str, Callable[[Path], EdgeProxy]] = {
     "camvid": _camvid,
     "camvid-plain": _camvid_plain,
+    "universal-plain": _universal_plain,
     "post": _post,
     "identity": _identity,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..files import atomic_path
 from .network import EdgeProxy
@@ -23,8 +24,11 @@ MASK_SIZE = (48, 48)
 VAL_SEED = 1_000_003  # far from the training seed: no mask is seen in both
 
 
-def train_universal(*, steps: int, seed: int = 0, progress: bool = True) -> EdgeProxy:
-    """Train the universal proxy; its quality holds the edge F1 on unseen synthetic masks of several class counts."""
+def train_universal(*, steps: int, seed: int = 0, progress: bool = True, **options: Any) -> EdgeProxy:
+    """Train the universal proxy; its quality holds the edge F1 on unseen synthetic masks of several class counts.
+
+    `options` go to `train_proxy`, such as its noise.
+    """
     proxy = train_proxy(
         SyntheticMasks(TRAIN_MASKS, CLASSES_AT_ONCE, MASK_SIZE, seed=seed),
         CLASSES_AT_ONCE,
@@ -34,6 +38,7 @@ def train_universal(*, steps: int, seed: int = 0, progress: bool = True) -> Edge
         crop_size=MASK_SIZE[0],
         seed=seed,
         progress=progress,
+        **options,
     )
     return proxy.annotated(
         provenance={**proxy.provenance, "masks": f"synthetic, {NUM_CLASSES} classes", "universal": True},
