@@ -142,6 +142,7 @@ RIVALS = (
     ("w-l2-early", "w-brier-early"),
     ("w-l2-proxy", "w-l2-003"),
     ("w-l2-plain", "w-l2-proxy"),
+    ("w-l2-plain", "w-l2-003"),
     ("w-l2-universal-plain", "w-l2-003"),
     ("w-l2-post", "w-l2-003"),
 )
