@@ -11,10 +11,8 @@
 //
 // Rings (rings.h; rows of the region, planar, `pitch` floats a channel):
 //   e [BLOCK_ROWS + 2 pad_1][C]             b_l [BLOCK_ROWS + 2 pad_{l+1}][K_l]
-//   labels [BLOCK_ROWS + 2 reach_L]         tq_l like b_l, values before the ReLU; of the last one only where
-//   more
-//                                           than one class is in reach, elsewhere `only` names the row of the
-//                                           table
+//   labels [BLOCK_ROWS + 2 reach_L]         tq_l like b_l, values before the ReLU
+// The last tq_l is filled only where more than one class is in reach; elsewhere `only` names the table's row.
 //
 // Phases of a step:
 //   1. rows of e and labels
@@ -28,9 +26,8 @@ struct ForwardScratch {
     int label_rows = 0;
     std::ptrdiff_t label_pitch = 0;
     LabelRow* labels = nullptr;
-    std::int16_t* no_labels = nullptr;  // a row of void
-    std::int16_t* only[BLOCK_ROWS] =
-        {};  // of each unit of four rows: the class that is alone in reach, or -1
+    std::int16_t* no_labels = nullptr;    // a row of void
+    std::int16_t* only[BLOCK_ROWS] = {};  // of each unit of four rows: the class alone in reach, or -1
     float *zeros = nullptr, *ce = nullptr;
     ConvScratch conv{};
     float* sums[BLOCK_ROWS] = {};                       // the distance of each pixel of four rows
