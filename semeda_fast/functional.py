@@ -128,7 +128,10 @@ def semeda_loss(
     if reduction == "mean" and not plain:
         ce, semeda = ce / _divisor(terms.ce_weight, empty), semeda / count
     # In the terms' dtype: a float64 schedule tensor must not turn the loss into float64.
-    loss = _scaled(ce, lambda_ce) + _scaled(semeda, lambda_semeda)
+    if isinstance(lambda_semeda, Tensor):
+        loss = _scaled(ce, lambda_ce) + _scaled(semeda, lambda_semeda)
+    else:
+        loss = torch.add(_scaled(ce, lambda_ce), semeda, alpha=lambda_semeda)
     if plain:  # both are means over the valid pixels: one division, since each step costs microseconds
         loss = loss / count
     if return_components:

@@ -181,7 +181,13 @@ class FusedOps:
         """The terms of `reference.loss_terms`, for arguments that passed its checks."""
         save = torch.is_grad_enabled() and logits.requires_grad
         # One flat tensor: an operator with a list of tensors costs half a millisecond more a call.
-        flat = torch.cat([tensor.reshape(-1) for tensor in (*weights, *biases)]).to(torch.float32)
+        parts = [*weights, *biases]
+        if torch.compiler.is_compiling():
+            flat = torch.cat([tensor.reshape(-1) for tensor in parts])
+        else:
+            flat = torch._C._nn.flatten_dense_tensors(parts)  # the same in one call
+        if flat.dtype != torch.float32:
+            flat = flat.to(torch.float32)
         inputs = (logits, target, valid, class_weight, flat, config_text(weights, spec, check_labels), save)
         if not save or torch.compiler.is_compiling():
             return LossTerms(*self._forward_op(*inputs)[:5])
@@ -257,8 +263,13 @@ class FusedOps:
         if ctx.per_pixel and zero is not None:
             zero = zero.expand(logits.shape[0], *logits.shape[2:])
         d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
-        inputs = (d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d, ctx.config)
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        inputs: tuple[Any, ...] = (
+            *(d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d),
+            ctx.config,
+        )
+        if not torch.is_grad_enabled() and _plain(logits):
+            d_logits = self._run_backward(*inputs)
+        elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             d_logits = self._backward_op(*inputs)
         else:
             d_logits = _FunctionalBackward.apply(self, *inputs)
@@ -271,12 +282,24 @@ class FusedOps:
         )
 
 
+def _plain(logits: Tensor) -> bool:
+    """Whether nobody would see an operator: then its function is called, which saves the dispatcher's 50 us."""
+    return (
+        type(logits) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+        and not torch.autograd._profiler_enabled()  # a profile names operators
+    )
+
+
 class _Eager(torch.autograd.Function):
     """What `register_autograd` makes of the operators, without its walk through the schema: 50 us a call."""
 
     @staticmethod
     def forward(ctx: Any, operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = operators._forward_op(*inputs)
+        run = operators._run_forward if _plain(inputs[0]) else operators._forward_op
+        output: tuple[Tensor, ...] = run(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.operators = operators
         return output

@@ -121,7 +121,7 @@ class SemedaLoss(Float32Buffers):
     @property
     def lambda_ce(self) -> float | Tensor:
         """Weight of cross-entropy; assign a number >= 0 or a tensor of one element."""
-        tensor = self._lambda_ce_tensor
+        tensor = self._buffers["_lambda_ce_tensor"]  # by its name alone it takes a search through the module
         return self._lambda_ce if tensor is None else tensor
 
     @lambda_ce.setter
@@ -133,7 +133,7 @@ class SemedaLoss(Float32Buffers):
     @property
     def lambda_semeda(self) -> float | Tensor:
         """Weight of the SEMEDA term; assign a number >= 0 or a tensor of one element."""
-        tensor = self._lambda_semeda_tensor
+        tensor = self._buffers["_lambda_semeda_tensor"]
         return self._lambda_semeda if tensor is None else tensor
 
     @lambda_semeda.setter

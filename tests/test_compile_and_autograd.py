@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from conftest import Case
 from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy, relative_error, value_and_grad
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from semeda_fast import SemedaLoss, backends, semeda_loss
 
@@ -195,6 +197,43 @@ def test_opcheck(case: Case, per_pixel: bool, labels: torch.dtype) -> None:
     assert set(results.values()) == {"SUCCESS"}
     check = (logits.detach(), target, None, VOID, "multiclass", True, False)
     assert set(torch.library.opcheck(torch.ops.semeda_fast.check_values.default, check).values()) == {"SUCCESS"}
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_operators_sees_them_and_changes_nothing(case: Case) -> None:
+    if case.backend == "reference":
+        pytest.skip("the reference is made of torch's own operators")
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        z = logits.detach().requires_grad_()
+        loss = criterion(z, target)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+    alone = step()
+    names = [f"semeda_fast.{case.backend}_{direction}" for direction in ("forward", "backward")]
+    with _Watcher() as watcher:
+        watched = step()
+    assert all(any(name in seen for seen in watcher.seen) for name in names), watcher.seen
+    with torch.profiler.profile() as profile:
+        profiled = step()
+    events = {event.key for event in profile.key_averages()}
+    assert {name.replace(".", "::") for name in names} <= events
+    for other in (watched, profiled):
+        assert torch.equal(alone[0], other[0])
+        assert torch.equal(alone[1], other[1])
 
 
 def test_gradients_by_torch_func(case: Case) -> None:
