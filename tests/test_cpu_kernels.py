@@ -259,6 +259,24 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     assert torch.equal(strided, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 21, 31, 32, 33, 48, 150])
+def test_channels_last_changes_no_bit(classes: int, dtype: torch.dtype) -> None:
+    logits, target = make_inputs(2, classes, 5, 53, dtype=dtype)
+    logits = logits.detach()
+    logits[0, 1, 2, 3], logits[1, 0, 4, 40] = float("nan"), float("inf")  # and their gradients, NaN
+    proxy = proxy_of(classes, [(8, 3), (2, 3)])
+    # Channels together, and nothing else dense: each pixel lies in wider memory.
+    padded = torch.empty(2, 5, 53, classes + 3, dtype=dtype)[..., :classes].permute(0, 3, 1, 2).copy_(logits)
+    for name in instruction_sets():
+        native_module().use_instruction_set(name)
+        planar = loss_and_grad(logits, target, proxy, "cpu", ignore_index=VOID)
+        for other in (logits.contiguous(memory_format=torch.channels_last), padded):
+            last = loss_and_grad(other, target, proxy, "cpu", ignore_index=VOID)
+            for a, b in ((planar.loss, last.loss), (planar.grad, last.grad)):
+                torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {other.stride()}")
+
+
 def test_infinite_logits() -> None:
     """Classes switched off by -inf count as probability 0; a target among them makes the loss infinite."""
     logits, target = make_inputs(h=8, w=21, void=0.0)

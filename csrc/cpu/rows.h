@@ -51,18 +51,52 @@ inline std::uint16_t float_to_bf16(float x) {
     return static_cast<std::uint16_t>((pattern + 0x7fffu + (pattern >> 16 & 1u)) >> 16);
 }
 
+// A dtype in memory; with VECTORS also VL values at a time.
 struct AsF32 {
     using Type = float;
+    static constexpr bool VECTORS = true;
     static float get(float x) { return x; }
     static float put(float x) { return x; }
+    static F get_vector(const float* p) { return load(p); }
+    static void put_vector(float* p, F a) { store(p, a); }
 };
 struct AsBf16 {
     using Type = std::uint16_t;
     static float get(std::uint16_t x) { return bf16_to_float(x); }
     static std::uint16_t put(float x) { return float_to_bf16(x); }
+#if defined(SEMEDA_AVX512)
+    static constexpr bool VECTORS = true;
+    static F get_vector(const std::uint16_t* p) {
+        const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16))};
+    }
+    static void put_vector(std::uint16_t* p, F a) {  // as float_to_bf16
+        const __m512i pattern = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(pattern, 16);
+        const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+        const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(pattern, half), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+        const __m512i all = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(all));
+    }
+#else
+    static constexpr bool VECTORS = false;
+#endif
 };
 struct AsF16 {
     using Type = std::uint16_t;
+#if defined(SEMEDA_AVX512)
+    static constexpr bool VECTORS = true;
+    static F get_vector(const std::uint16_t* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static void put_vector(std::uint16_t* p, F a) {
+        constexpr int ROUNDING = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, ROUNDING));
+    }
+#else
+    static constexpr bool VECTORS = false;
+#endif
 #if defined(SEMEDA_AVX512) || defined(SEMEDA_AVX2)
     static float get(std::uint16_t x) { return _cvtsh_ss(x); }
     static std::uint16_t put(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -71,6 +105,46 @@ struct AsF16 {
     static std::uint16_t put(float x) { return float_to_half(x); }
 #endif
 };
+
+// Whether rows of pixels whose channels lie together are turned in registers, VL channels of VL pixels at a
+// time.
+template <class As>
+constexpr bool turned(std::int64_t stride_c, int channels, int pixels) {
+    return As::VECTORS && stride_c == 1 && channels >= VL && pixels == UNIT;
+}
+
+// The block of VL channels after the one at c: the last one ends with the last channel, and may hold some
+// again.
+inline int next_block(int c, int channels) {
+    if (c + VL == channels) return channels;
+    return c + 2 * VL < channels ? c + VL : channels - VL;
+}
+
+template <class As>
+inline void read_turned(const typename As::Type* from, std::int64_t stride_w, int channels, float* to,
+                        std::ptrdiff_t pitch) {
+    for (int x = 0; x < UNIT; x += VL) {
+        for (int c = 0; c < channels; c = next_block(c, channels)) {
+            F rows[VL];
+            for (int i = 0; i < VL; ++i) rows[i] = As::get_vector(from + (x + i) * stride_w + c);
+            transpose(rows);
+            for (int k = 0; k < VL; ++k) store(to + (c + k) * pitch + x, rows[k]);
+        }
+    }
+}
+
+template <class As>
+inline void write_turned(typename As::Type* to, std::int64_t stride_w, int channels, const float* from,
+                         std::ptrdiff_t pitch) {
+    for (int x = 0; x < UNIT; x += VL) {
+        for (int c = 0; c < channels; c = next_block(c, channels)) {
+            F rows[VL];
+            for (int k = 0; k < VL; ++k) rows[k] = load(from + (c + k) * pitch + x);
+            transpose(rows);
+            for (int i = 0; i < VL; ++i) As::put_vector(to + (x + i) * stride_w + c, rows[i]);
+        }
+    }
+}
 
 // 16 pixels at a time keep what is read and written of both layouts in the first-level cache.
 template <class As>
@@ -87,6 +161,12 @@ inline void read_planar(const void* base, std::int64_t offset, std::int64_t stri
     }
     for (int x0 = 0; x0 < width; x0 += UNIT) {
         const int end = width - x0 < UNIT ? width : x0 + UNIT;
+        if constexpr (As::VECTORS) {
+            if (turned<As>(stride_c, channels, end - x0)) {
+                read_turned<As>(from + x0 * stride_w, stride_w, channels, to + x0, pitch);
+                continue;
+            }
+        }
         for (int c = 0; c < channels; ++c) {
             const auto* row = from + c * stride_c;
             float* out = to + c * pitch;
@@ -109,6 +189,12 @@ inline void write_planar(void* base, std::int64_t offset, std::int64_t stride_c,
     }
     for (int x0 = 0; x0 < width; x0 += UNIT) {
         const int end = width - x0 < UNIT ? width : x0 + UNIT;
+        if constexpr (As::VECTORS) {
+            if (turned<As>(stride_c, channels, end - x0)) {
+                write_turned<As>(to + x0 * stride_w, stride_w, channels, from + x0, pitch);
+                continue;
+            }
+        }
         for (int c = 0; c < channels; ++c) {
             auto* row = to + c * stride_c;
             const float* in = from + c * pitch;

@@ -268,6 +268,19 @@ inline void interleave(F even, F odd, F& a, F& b) {
 
 #endif
 
+// Lane i of row k becomes lane k of row i, VL rows: one perfect shuffle for each time that 2 divides VL.
+inline void transpose(F* rows) {
+    for (int left = VL; left > 1; left /= 2) {
+        F mixed[VL];
+        SEMEDA_UNROLL
+        for (int i = 0; i < VL / 2; ++i) {
+            interleave(rows[i], rows[i + VL / 2], mixed[2 * i], mixed[2 * i + 1]);
+        }
+        SEMEDA_UNROLL
+        for (int i = 0; i < VL; ++i) rows[i] = mixed[i];
+    }
+}
+
 constexpr int PARTS = 16 / VL;
 struct F16 {
     F p[PARTS];
