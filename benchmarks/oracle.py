@@ -252,10 +252,9 @@ def _kinks(taps: tuple[list[Tensor], list[Tensor]], target: Tensor, inputs: Inpu
     for layer, (a, b, scale) in enumerate(zip(*taps, scales, strict=True)):
         reach += proxy.layers[layer].kernel_size // 2
         limit = KINK * scale
-        at_kink = ((a - b).abs() < limit).any(dim=1)
-        if layer + 1 < proxy.num_layers:
+        at_kink = ((a - b).abs() < limit).any(dim=1) & (target != inputs.workload.ignore_index)
+        if layer + 1 < proxy.num_layers:  # at void pixels, too: they hand on what their neighbours see
             at_kink |= (a.abs() < limit).any(dim=1)
-        at_kink &= target != inputs.workload.ignore_index
         window = 2 * reach + 1
         reached |= F.max_pool2d(at_kink.float().unsqueeze(1), window, 1, reach)[:, 0] > 0
     return reached

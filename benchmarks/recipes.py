@@ -83,8 +83,8 @@ RECIPES = (
     _late("wce", "w-l2-003", "last third, 0.03, L2", *_weight(0.03), *L2),
     _late("wce", "w-l2-01", "last third, 0.1, L2", *_weight(0.1), *L2),
     # Other proxies, with the weight at which they pull as hard as the bundled one does with 0.03. L2's gradient at the
-    # logits of wce-s1 after 20 epochs is 48 times as long as cross-entropy's (bundled), 143, 54, 44, 82, and 4.4
-    # (identity).
+    # logits of wce-s1 after 20 epochs is 48 times as long as cross-entropy's (bundled), 143, 54, 136, 72, 44, 82, and
+    # 4.4 (identity).
     _late("wce", "w-l2-proxy", "last third, L2, proxy trained on CamVid, 0.01", *_weight(0.01), *L2, proxy="camvid"),
     _late(
         "wce",
@@ -92,6 +92,20 @@ RECIPES = (
         "last third, L2, proxy trained on CamVid without noise and temperature, 0.03",
         *(*_weight(0.03), *L2),
         proxy="camvid-plain",
+    ),
+    _late(
+        "wce",
+        "w-l2-no-noise",
+        "last third, L2, proxy trained on CamVid without noise, 0.01",
+        *(*_weight(0.01), *L2),
+        proxy="camvid-no-noise",
+    ),
+    _late(
+        "wce",
+        "w-l2-nearest",
+        "last third, L2, proxy trained on CamVid without noise and temperature, void filled, 0.02",
+        *(*_weight(0.02), *L2),
+        proxy="camvid-nearest",
     ),
     _late(
         "wce",
@@ -143,6 +157,8 @@ RIVALS = (
     ("w-l2-proxy", "w-l2-003"),
     ("w-l2-plain", "w-l2-proxy"),
     ("w-l2-plain", "w-l2-003"),
+    ("w-l2-no-noise", "w-l2-proxy"),
+    ("w-l2-nearest", "w-l2-plain"),
     ("w-l2-universal-plain", "w-l2-003"),
     ("w-l2-post", "w-l2-003"),
 )

@@ -47,7 +47,9 @@ class Training:
         Raises:
             ValueError, ImportError: the network cannot be built, or not for this size.
         """
-        network = build(name, workload.num_classes, (workload.height, workload.width), tiny=tiny).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same network in every run
+            network = build(name, workload.num_classes, (workload.height, workload.width), tiny=tiny).to(device)
         generator = torch.Generator().manual_seed(4)
         images = torch.randn((workload.batch, 3, workload.height, workload.width), generator=generator).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)

@@ -29,6 +29,16 @@ def _camvid_plain(data: Path) -> EdgeProxy:
     return _camvid(data, noise=0.0, temperature=1e-3)
 
 
+def _camvid_no_noise(data: Path) -> EdgeProxy:
+    """The same as camvid without noise, at its usual temperature."""
+    return _camvid(data, noise=0.0)
+
+
+def _camvid_nearest(data: Path) -> EdgeProxy:
+    """camvid-plain, with void pixels filled with the nearest label while it is trained."""
+    return _camvid(data, noise=0.0, temperature=1e-3, void="nearest")
+
+
 def _universal_plain(data: Path) -> EdgeProxy:
     """The bundled proxy, trained again from one-hot maps alone; its layer scales are of synthetic masks, too."""
     del data
@@ -54,6 +64,8 @@ def _identity(data: Path) -> EdgeProxy:
 PROXIES: dict[str, Callable[[Path], EdgeProxy]] = {
     "camvid": _camvid,
     "camvid-plain": _camvid_plain,
+    "camvid-no-noise": _camvid_no_noise,
+    "camvid-nearest": _camvid_nearest,
     "universal-plain": _universal_plain,
     "post": _post,
     "identity": _identity,

@@ -15,6 +15,7 @@ from benchmarks import oracle
 from benchmarks.contenders import NOT_INDUCTOR, contenders, criterion
 from benchmarks.plain import LossFunction, plain_semeda
 from benchmarks.workloads import DATASETS, PROXIES, Inputs, Workload, make_inputs, named
+from semeda_fast import EdgeProxy
 
 SMALL = {"batch": 2, "height": 40, "width": 24, "labels": "scenes"}
 
@@ -134,6 +135,19 @@ def test_kinks_are_found_where_a_difference_is_zero() -> None:
     valid = (inputs.target != 255)[:, :16]
     assert kink[:, :16][valid].all()
     assert kink[:, 24:].double().mean() < 0.1
+
+
+def test_a_hidden_feature_at_its_relu_is_a_kink_under_void_too() -> None:
+    inputs = make_inputs(small())
+    target = torch.full_like(inputs.target, inputs.workload.ignore_index)
+    target[:, 20, 12] = 1
+    weights, biases = inputs.proxy.weights, inputs.proxy.biases
+    first = weights[0].clone()
+    first[0] = 0  # channel 0 is 0 everywhere, also where nothing but void is in reach
+    biases[0] = torch.where(torch.arange(len(biases[0])) == 0, 0.0, 1.0)
+    proxy = EdgeProxy.from_tensors(inputs.proxy.layers, [first, *weights[1:]], biases)
+    kink = oracle.compute_oracle(Inputs(inputs.workload, inputs.logits, target, proxy, inputs.facts)).kink
+    assert kink.all()
 
 
 def test_the_oracle_is_kept_between_processes(tmp_path: Path) -> None:
