@@ -263,11 +263,9 @@ class FusedOps:
         if ctx.per_pixel and zero is not None:
             zero = zero.expand(logits.shape[0], *logits.shape[2:])
         d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
-        inputs: tuple[Any, ...] = (
-            *(d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d),
-            ctx.config,
-        )
-        if not torch.is_grad_enabled() and _plain(logits):
+        tensors = (d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d)
+        inputs: tuple[Any, ...] = (*tensors, ctx.config)
+        if not torch.is_grad_enabled() and _plain(tensors):
             d_logits = self._run_backward(*inputs)
         elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             d_logits = self._backward_op(*inputs)
@@ -282,10 +280,16 @@ class FusedOps:
         )
 
 
-def _plain(logits: Tensor) -> bool:
-    """Whether nobody would see an operator: then its function is called, which saves the dispatcher's 50 us."""
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody would see an operator: then its function is called, which saves the dispatcher's 50 us.
+
+    A tensor of another class may watch operators itself, and need not have an address.
+    """
     return (
-        type(logits) in (Tensor, torch.nn.Parameter)
+        all(type(tensor) in _PLAIN for tensor in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
@@ -298,7 +302,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:
-        run = operators._run_forward if _plain(inputs[0]) else operators._forward_op
+        run = operators._run_forward if _plain(inputs[:5]) else operators._forward_op
         output: tuple[Tensor, ...] = run(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.operators = operators

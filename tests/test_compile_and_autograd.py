@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -234,6 +234,38 @@ def test_whoever_watches_operators_sees_them_and_changes_nothing(case: Case) -> 
     for other in (watched, profiled):
         assert torch.equal(alone[0], other[0])
         assert torch.equal(alone[1], other[1])
+
+
+class _WatchingLabels(torch.Tensor):
+    """Labels without memory of their own, which note the operators that take them and hand on those they stand for."""
+
+    plain: torch.Tensor
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor) -> _WatchingLabels:
+        made: _WatchingLabels = torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
+        made.plain = plain
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(func))
+        return func(*(x.plain if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+def test_labels_of_a_class_of_their_own_see_the_operators(case: Case) -> None:
+    if case.backend == "reference":
+        pytest.skip("the reference is made of torch's own operators")
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    wanted = value_and_grad(criterion, logits, target)
+    _WatchingLabels.seen.clear()
+    found = value_and_grad(criterion, logits, _WatchingLabels(target))
+    for direction in ("forward", "backward"):
+        assert any(f"semeda_fast.{case.backend}_{direction}" in seen for seen in _WatchingLabels.seen)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
 
 
 def test_gradients_by_torch_func(case: Case) -> None:
