@@ -95,6 +95,13 @@ RECIPES = (
     ),
     _late(
         "wce",
+        "w-l2-plain-equal",
+        "last third, L2, proxy trained on CamVid without noise and temperature, 0.0255",
+        *(*_weight(0.0255), *L2),
+        proxy="camvid-plain",
+    ),
+    _late(
+        "wce",
         "w-l2-no-noise",
         "last third, L2, proxy trained on CamVid without noise, 0.01",
         *(*_weight(0.01), *L2),
@@ -116,6 +123,13 @@ RECIPES = (
     ),
     _late("wce", "w-l2-post", "last third, L2, taps behind the ReLU, 0.0175", *_weight(0.0175), *L2, proxy="post"),
     Recipe("w-l2-early", "from epoch 3 on, 0.03, L2", (*EARLY, *_weight(0.03)), base="wce"),
+    Recipe(
+        "w-l2-plain-early",
+        "from epoch 3 on, L2, proxy trained on CamVid without noise and temperature, 0.03",
+        (*EARLY, *_weight(0.03)),
+        base="wce",
+        proxy="camvid-plain",
+    ),
     Recipe(
         "w-brier-early",
         "control: from epoch 3 on, Brier score in the place of the term, 0.33",
@@ -154,8 +168,10 @@ RIVALS = (
     ("w-l2-01", "w-brier"),
     ("w-l2-003", "w-all-01"),
     ("w-l2-early", "w-brier-early"),
+    ("w-l2-plain-early", "w-l2-early"),
     ("w-l2-proxy", "w-l2-003"),
     ("w-l2-plain", "w-l2-proxy"),
+    ("w-l2-plain-equal", "w-l2-proxy"),
     ("w-l2-plain", "w-l2-003"),
     ("w-l2-no-noise", "w-l2-proxy"),
     ("w-l2-nearest", "w-l2-plain"),

@@ -71,6 +71,8 @@ inline py::class_<LossParams> define_params(py::module_& module) {
         .def_readwrite("n", &LossParams::n)
         .def_readwrite("h", &LossParams::h)
         .def_readwrite("w", &LossParams::w)
+        .def_readwrite("logits_h", &LossParams::logits_h)
+        .def_readwrite("logits_w", &LossParams::logits_w)
         .def_readwrite("classes", &LossParams::classes)
         .def_readwrite("binary", &LossParams::binary)
         .def_readwrite("logits", &LossParams::logits)

@@ -33,9 +33,12 @@ struct LossParams {
     std::int64_t n = 0, h = 0, w = 0;
     int classes = 0;      // C, the channels of p; 2 in binary mode
     bool binary = false;  // logits have one channel, p = [1 - sigmoid, sigmoid]
-    View logits;          // [N,C,H,W] f32 / bf16 / f16
-    View target;          // [N,H,W] integers, or [N,C,H,W] floats where soft
-    View valid;           // [N,H,W] u8, or no data: all pixels count that are not ignore_index
+    // Of logits that are smaller than the labels' h x w and to be scaled up bilinearly (the CPU kernels do);
+    // else 0.
+    std::int64_t logits_h = 0, logits_w = 0;
+    View logits;  // [N,C,H,W] f32 / bf16 / f16
+    View target;  // [N,H,W] integers, or [N,C,H,W] floats where soft
+    View valid;   // [N,H,W] u8, or no data: all pixels count that are not ignore_index
     bool soft = false;
     int soft_channels = 0;                // channels of a soft target: C, or 1 in binary mode
     const float* class_weight = nullptr;  // [C] or null
@@ -59,7 +62,7 @@ struct LossParams {
     View d_ce;      // f32, [] as strides 0, or [N,H,W]
     View d_semeda;  // likewise
     bool d_semeda_is_map = false;
-    View d_logits;  // same dtype as the logits; every element is written
+    View d_logits;  // same dtype and size as the logits; every element is written
 };
 
 }  // namespace semeda_fast

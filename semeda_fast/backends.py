@@ -29,6 +29,10 @@ def _anything(logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: L
     return None
 
 
+def _takes_full_size(logits: Tensor, target: Tensor) -> bool:
+    return False
+
+
 def _works(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
     return None
 
@@ -47,6 +51,8 @@ class Backend:
         fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
         checks_labels: whether it looks for bad labels itself while it reads them.
         by_name_on: device types on which it runs only where it is named: an interpreter is for tests.
+        upsamples: (logits, target) -> whether it takes these logits smaller than the target and scales them up itself;
+            else torch does it before.
         half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
     """
 
@@ -59,6 +65,7 @@ class Backend:
     fused: bool = False
     checks_labels: bool = False
     by_name_on: tuple[str, ...] = ()
+    upsamples: Callable[[Tensor, Tensor], bool] = _takes_full_size
     half_products: bool = False
 
     def refusal(self, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
@@ -219,8 +226,19 @@ def backend_info() -> BackendInfo:
     return BackendInfo(tuple(statuses), auto, tuple(_fallbacks), tuple(_failures))
 
 
-register(Backend("reference", reference.loss_terms))
-register(Backend("cpu", cpu.run, ("cpu",), cpu.why_unavailable, cpu.why_unsupported, fused=True, checks_labels=True))
+register(Backend("reference", reference.loss_terms, upsamples=lambda logits, target: True))
+register(
+    Backend(
+        "cpu",
+        cpu.run,
+        ("cpu",),
+        cpu.why_unavailable,
+        cpu.why_unsupported,
+        fused=True,
+        checks_labels=True,
+        upsamples=cpu.upsamples,
+    )
+)
 # Before "triton", so that "auto" takes that where both can, until the table "cuda against triton" of `make gpu`
 # (benchmarks/gpu_tiles.py) says that "cuda" is faster.
 register(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .native import has_bad_label
 from .reference import validity
-from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, VALIDATE, LossSpec
+from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -30,6 +30,7 @@ def check_options(
     reduction: str,
     mode: str,
     empty: str,
+    upsample: str | None,
     validate: str,
 ) -> None:
     """Raise ValueError or TypeError for a configuration that means nothing."""
@@ -41,6 +42,8 @@ def check_options(
     _check_choice("mode", mode, MODES)
     _check_choice("empty", empty, EMPTY)
     _check_choice("validate", validate, VALIDATE)
+    if upsample is not None and upsample not in UPSAMPLE:
+        raise ValueError(f"upsample must be None or {', '.join(map(repr, UPSAMPLE))}, got {upsample!r}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -82,7 +85,7 @@ def check_tensors(
     """Ranks, shapes, dtypes, devices and requires_grad; reads no data, so it costs no synchronisation."""
     _check_logits(logits, weights[0].shape[1], spec)
     _check_target(logits, target, spec)
-    n, _, h, w = logits.shape
+    n, h, w = logits.shape[0], *target.shape[-2:]
     if valid is not None:
         if valid.dtype != torch.bool:
             raise TypeError(f"valid_mask must be a bool tensor (True: the pixel counts), got {valid.dtype}")
@@ -130,6 +133,10 @@ def _check_logits(logits: Tensor, num_classes: int, spec: LossSpec) -> None:
 
 def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
     n, c, h, w = logits.shape
+    if spec.upsample and target.dim() >= 3:
+        h, w = target.shape[-2:]
+        if h == 0 or w == 0:
+            raise ValueError(f"target must have H and W of at least 1, got shape {list(target.shape)}")
     if target.is_floating_point():
         binary = spec.mode == "binary"
         fits = tuple(target.shape) == (n, c, h, w) or (binary and tuple(target.shape) == (n, 2, h, w))
@@ -150,7 +157,7 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
         if target.dim() == 4 and target.shape[1] == 1:
             hint = "; drop the channel with target.squeeze(1)"
         elif target.dim() == 3 and target.shape[0] == n:
-            hint = "; resize the logits to the target's size with torch.nn.functional.interpolate"
+            hint = "; pass upsample='bilinear' to have the logits scaled up to the target's size"
         raise ValueError(
             f"labels must have the shape [{n},{h},{w}] for logits of shape {list(logits.shape)}, "
             f"got {list(target.shape)}{hint}"

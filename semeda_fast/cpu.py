@@ -30,6 +30,15 @@ def why_unsupported(logits: Tensor, target: Tensor, weights: Sequence[Tensor], s
     return why_not_taken(WHOSE, MAX_CLASSES, logits, weights, spec)
 
 
+def upsamples(logits: Tensor, target: Tensor) -> bool:
+    """Whether the kernels scale such logits up themselves: with less to gain, torch does it before.
+
+    Their scratch for the gradient is of the logits' size.
+    """
+    (h, w), (height, width) = logits.shape[2:], target.shape[-2:]
+    return bool(2 * h <= height and 2 * w <= width)
+
+
 def code_bytes(channels: Sequence[int], width: int, tap: str, distance: str) -> int:
     """Bytes of codes of one image row; channels are K_1 to K_L."""
     if distance == "l1":
@@ -54,8 +63,8 @@ def _params(problem: Problem) -> tuple[Any, list[Tensor]]:
     return params, keep
 
 
-def _saved(logits: Tensor, config: FusedConfig) -> Saved:
-    n, _, h, w = logits.shape
+def _saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
+    n, h, w = logits.shape[0], *target.shape[-2:]
     channels = config.channels[1:]
     return Saved(
         (n, h, code_bytes(channels, w, config.tap, config.distance)),

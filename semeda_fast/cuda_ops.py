@@ -124,9 +124,9 @@ def code_bytes_per_pixel(channels: Sequence[int]) -> int:
     return sum(3 * ((out + 7) // 8) for out in channels[:-1]) + (2 * channels[-1] + 7) // 8
 
 
-def saved(logits: Tensor, config: FusedConfig) -> Saved:
+def saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
     """What is kept for backward."""
-    n, _, h, w = logits.shape
+    n, h, w = logits.shape[0], *target.shape[-2:]
     return Saved((n * h * w * code_bytes_per_pixel(config.channels[1:]),), (0,), torch.float32)
 
 

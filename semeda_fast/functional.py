@@ -54,6 +54,7 @@ def semeda_loss(
     mode: str = "multiclass",
     from_logits: bool = True,
     empty: str = "zero",
+    upsample: str | None = None,
     backend: str = "auto",
     validate: str = "auto",
     return_components: bool = False,
@@ -61,7 +62,8 @@ def semeda_loss(
     """Cross-entropy plus SEMEDA; the functional twin of `SemedaLoss`, where every option is described.
 
     Args:
-        logits: [N,C,H,W] float32, bfloat16, float16 or float64 in any layout ([N,1,H,W] in binary mode).
+        logits: [N,C,H,W] float32, bfloat16, float16 or float64 in any layout ([N,1,H,W] in binary mode); with
+            upsample of any other size, too.
         target: [N,H,W] integer labels, or a float distribution [N,C,H,W].
         proxy: an EdgeProxy on the logits' device.
         valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index.
@@ -90,6 +92,7 @@ def semeda_loss(
         reduction=reduction,
         mode=mode,
         empty=empty,
+        upsample=upsample,
         validate=validate,
     )
     if mode == "binary" and target.dim() == 4 and target.shape[1] == 1 and not target.is_floating_point():
@@ -118,6 +121,7 @@ def semeda_loss(
             mode,
             from_logits,
             reduction == "none",
+            upsample is not None,
             validate,
             backend,
         )

@@ -22,7 +22,7 @@ from .spec import LossSpec, LossTerms
 class Problem(NamedTuple):
     """What both directions receive."""
 
-    logits: Tensor
+    logits: Tensor  # of the target's size, or smaller for a backend that scales them up
     target: Tensor
     valid: Tensor | None
     class_weight: Tensor | None
@@ -61,7 +61,7 @@ class Saved(NamedTuple):
 
 ForwardFunction = Callable[[Problem, Outputs], None]  # fills all of Outputs
 BackwardFunction = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # codes ... d_logits, filled
-SavedFunction = Callable[[Tensor, FusedConfig], Saved]
+SavedFunction = Callable[[Tensor, Tensor, FusedConfig], Saved]
 
 
 def assert_labels(problem: Problem, bad: Tensor) -> None:
@@ -128,7 +128,7 @@ class FusedOps:
         name: of the backend, and of its operators.
         whose: names the kernels in messages.
         keys: dispatch keys, such as "CPU".
-        saved: (logits, config) -> what forward keeps for backward.
+        saved: (logits, target, config) -> what forward keeps for backward.
     """
 
     def __init__(
@@ -194,11 +194,10 @@ class FusedOps:
         function = _Functional if torch._C._are_functorch_transforms_active() else _Eager
         return LossTerms(*function.apply(self, *inputs)[:5])
 
-    def outputs(self, logits: Tensor, config: FusedConfig, save: bool) -> Outputs:
+    def outputs(self, logits: Tensor, target: Tensor, config: FusedConfig, save: bool) -> Outputs:
         """Fresh memory for everything that forward returns."""
-        n, _, h, w = logits.shape
-        shape = (n, h, w) if config.per_pixel else ()
-        kept = self._saved(logits, config) if save else _EMPTY
+        shape = (target.shape[0], *target.shape[-2:]) if config.per_pixel else ()
+        kept = self._saved(logits, target, config) if save else _EMPTY
         new = logits.new_empty
         return Outputs(
             new(shape, dtype=torch.float32),
@@ -221,7 +220,7 @@ class FusedOps:
         save: bool,
     ) -> tuple[Tensor, ...]:
         settings = parse_config(config)
-        outputs = self.outputs(logits, settings, save)
+        outputs = self.outputs(logits, target, settings, save)
         self.forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
         return tuple(outputs)
 
@@ -235,7 +234,7 @@ class FusedOps:
         config: str,
         save: bool,
     ) -> tuple[Tensor, ...]:
-        return tuple(self.outputs(logits, parse_config(config), save))
+        return tuple(self.outputs(logits, target, parse_config(config), save))
 
     def _run_backward(
         self,
@@ -261,7 +260,7 @@ class FusedOps:
         logits, target, valid, class_weight, flat, codes, saved_d = ctx.saved_tensors
         zero = logits.new_zeros((), dtype=torch.float32) if d_ce is None or d_semeda is None else None
         if ctx.per_pixel and zero is not None:
-            zero = zero.expand(logits.shape[0], *logits.shape[2:])
+            zero = zero.expand(target.shape[0], *target.shape[-2:])
         d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
         tensors = (d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d)
         inputs: tuple[Any, ...] = (*tensors, ctx.config)

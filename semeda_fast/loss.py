@@ -44,6 +44,11 @@ class SemedaLoss(Float32Buffers):
         mode: "multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.
         from_logits: False takes probabilities [N,C,H,W] ([N,1,H,W] in binary mode) in the place of logits.
         empty: "zero" makes loss and gradient 0 where no pixel is valid, "nan" makes them NaN as torch does.
+        upsample: "bilinear" takes logits of any size and scales them to the target's, as
+            torch.nn.functional.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
+            does. The CPU kernels do it while they read (to at least twice the size in both directions), so neither
+            the large logits nor their gradient is ever stored; elsewhere torch does it first. None: both have
+            one size.
         backend: "auto", or "reference", "cpu", "triton", "cuda"; see `backend_info()`.
         validate: "auto" checks label values at once on the CPU and by an asynchronous assert elsewhere;
             "always" waits for the device and checks logits and soft targets too; "never" checks none (a
@@ -82,6 +87,7 @@ class SemedaLoss(Float32Buffers):
         mode: str = "multiclass",
         from_logits: bool = True,
         empty: str = "zero",
+        upsample: str | None = None,
         backend: str = "auto",
         validate: str = "auto",
     ) -> None:
@@ -95,6 +101,7 @@ class SemedaLoss(Float32Buffers):
             reduction=reduction,
             mode=mode,
             empty=empty,
+            upsample=upsample,
             validate=validate,
         )
         backends.check_name(backend)
@@ -115,6 +122,7 @@ class SemedaLoss(Float32Buffers):
         self.mode = mode
         self.from_logits = from_logits
         self.empty = empty
+        self.upsample = upsample
         self.backend = backend
         self.validate = validate
 
@@ -173,6 +181,7 @@ class SemedaLoss(Float32Buffers):
             mode=self.mode,
             from_logits=self.from_logits,
             empty=self.empty,
+            upsample=self.upsample,
             backend=self.backend,
             validate=self.validate,
             return_components=return_components,

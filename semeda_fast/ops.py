@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, reference
 from .spec import LossSpec, LossTerms
 
 _library = torch.library.Library("semeda_fast", "DEF")
@@ -24,7 +24,8 @@ _library.define(
     "loss_terms(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor[] weights, "
     "Tensor[] biases, float[] layer_weights, float[] layer_scales, int[] strides, int[] dilations, int[] pools, "
     "str tap, str distance, int ignore_index, float label_smoothing, str mode, bool from_logits, bool per_pixel, "
-    "str validate, str backend) -> (Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count)",
+    "bool upsample, str validate, str backend) -> "
+    "(Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -48,6 +49,7 @@ def loss_terms(
     mode: str,
     from_logits: bool,
     per_pixel: bool,
+    upsample: bool,
     validate: str,
     backend: str,
 ) -> LossTerms:
@@ -65,6 +67,7 @@ def loss_terms(
         mode=mode,
         from_logits=from_logits,
         per_pixel=per_pixel,
+        upsample=upsample,
     )
     checks.check_tensors(logits, target, valid, class_weight, weights, spec)
     chosen = backends.choose(backend, logits, target, weights, spec)
@@ -72,6 +75,8 @@ def loss_terms(
     device = logits.device.type
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        if upsample and logits.shape[2:] != target.shape[-2:] and not chosen.upsamples(logits, target):
+            logits = reference.upsampled(logits, target.shape[-2:])
         if chosen.checks_labels:
             terms = chosen.run(logits, target, valid, class_weight, weights, biases, spec, validate == "auto")
         else:
@@ -113,6 +118,8 @@ def _check_values(
             "run once with validate='always' to see which",
         )
     if always:
+        if logits.shape[2:] != target.shape[-2:]:
+            logits = reference.upsampled(logits, target.shape[-2:])
         checks.check_finite(logits, target, valid, spec)
     return logits.new_zeros((), dtype=torch.float32)
 

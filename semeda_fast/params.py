@@ -37,7 +37,10 @@ def fill(module: Any, problem: Problem) -> tuple[Any, list[Tensor]]:
 
     params = module.LossParams(_settings(module, config))
     params.set_proxy(flat.data_ptr())
-    params.n, _, params.h, params.w = logits.shape
+    params.n, _, h, w = logits.shape
+    params.h, params.w = target.shape[-2:]
+    if (h, w) != (params.h, params.w):
+        params.logits_h, params.logits_w = h, w
     params.logits = tensor_view(module, logits)
     params.soft = target.is_floating_point()
     if params.soft:

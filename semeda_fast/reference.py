@@ -38,7 +38,8 @@ def loss_terms(
     """Cross-entropy and SEMEDA terms of section 1, before the division by the number of valid pixels.
 
     Args:
-        logits: [N,C,H,W] ([N,1,H,W] in binary mode), or probabilities where spec.from_logits is False.
+        logits: [N,C,H,W] ([N,1,H,W] in binary mode), or probabilities where spec.from_logits is False; of any
+            size where spec.upsample.
         target: [N,H,W] integer labels, or a float distribution shaped like p.
         valid: [N,H,W] bool, True where a pixel counts, or None; combined with target != ignore_index.
         class_weight: [C] or None.
@@ -48,9 +49,12 @@ def loss_terms(
     soft = target.is_floating_point()
     v, bad = validity(logits, target, valid, spec)
     v_plane = v.unsqueeze(1)
+    z = logits.to(dtype)
+    if spec.upsample and z.shape[2:] != v.shape[1:]:
+        z = upsampled(z, v.shape[1:])
 
     # Replaced before anything is computed, so that not even a NaN under a void pixel gets anywhere.
-    z = torch.where(v_plane, logits.to(dtype), 0.0)
+    z = torch.where(v_plane, z, 0.0)
     if spec.from_logits:
         if spec.mode == "binary":
             z = torch.cat([torch.zeros_like(z), z], dim=1)  # softmax([0, z]) = [1 - sigma(z), sigma(z)]
@@ -86,9 +90,17 @@ def loss_terms(
     )
 
 
+def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits [N,C,h,w] at the labels' size (H, W), bilinearly, corners not aligned: what most training scripts do.
+
+    Formula: torch.nn.functional.interpolate.
+    """
+    return F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
+
+
 def validity(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """v [N,H,W] bool, and which valid pixels hold a label that is no class ([N,H,W] bool)."""
-    n, _, h, w = logits.shape
+    n, h, w = target.shape[0], *target.shape[-2:]
     v = torch.ones((n, h, w), dtype=torch.bool, device=logits.device) if valid is None else valid
     if target.is_floating_point():
         return v, torch.zeros_like(v)

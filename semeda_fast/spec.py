@@ -11,6 +11,7 @@ TAPS = ("pre", "post")
 MODES = ("multiclass", "binary")
 REDUCTIONS = ("mean", "sum", "none")
 EMPTY = ("zero", "nan")
+UPSAMPLE = ("bilinear",)
 VALIDATE = ("auto", "always", "never")
 
 
@@ -24,6 +25,7 @@ class LossSpec(NamedTuple):  # made in each call, and a frozen dataclass of twel
         pools: the pooling in front of each layer's convolution: 0 none, k > 1 max-pooling with window
             and stride k, k < -1 average-pooling with window and stride -k.
         per_pixel: True asks for the terms as [N,H,W] maps, False for their sums over all pixels.
+        upsample: the logits may be smaller than the target and are then scaled up, as `reference.upsampled` says.
     """
 
     layer_weights: tuple[float, ...]
@@ -38,6 +40,7 @@ class LossSpec(NamedTuple):  # made in each call, and a frozen dataclass of twel
     mode: str = "multiclass"
     from_logits: bool = True
     per_pixel: bool = False
+    upsample: bool = False
 
 
 class LossTerms(NamedTuple):

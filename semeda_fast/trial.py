@@ -85,7 +85,7 @@ def _disagreement(
     assert leaf.grad is not None
 
     problem = Problem(logits, target, None, None, flat, config)
-    outputs = ops.outputs(logits, config, True)
+    outputs = ops.outputs(logits, target, config, True)
     d_logits = torch.empty_like(logits)
     ops.forward(problem, outputs)
     one = torch.ones_like(outputs.ce)

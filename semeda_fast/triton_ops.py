@@ -116,9 +116,9 @@ def _precision() -> str:
     return "tf32x3" if torch.version.cuda is not None else "ieee"
 
 
-def saved(logits: Tensor, config: FusedConfig) -> Saved:
+def saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
     """What is kept for backward."""
-    n, _, h, w = logits.shape
+    n, h, w = logits.shape[0], *target.shape[-2:]
     plan = _plan_module().make_plan(config, (n, h, w), logits.dtype, soft=False)
     return Saved((plan.code_offsets[-1],), (plan.saved_offsets[-1],), plan.dtype)
 

@@ -19,7 +19,7 @@ from helpers import FLOOR
 from torch import Tensor
 
 from semeda_fast import EdgeProxy, semeda_loss
-from semeda_fast.reference import features, not_ignored
+from semeda_fast.reference import features, not_ignored, upsampled
 
 # Of the largest |t_l|: rounding of sums of up to 64 * 49 products, with the growth of F(4,3) or F(4x4,3x3).
 UNDECIDED = 4e-5
@@ -47,7 +47,7 @@ def loss_and_grad(logits: Tensor, target: Tensor, proxy: EdgeProxy, backend: str
 def valid_pixels(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
     """[N,H,W] bool: what valid_mask and ignore_index leave."""
     mask = options.get("valid_mask")
-    v = torch.ones(logits.shape[0], *logits.shape[2:], dtype=torch.bool) if mask is None else mask
+    v = torch.ones(target.shape[0], *target.shape[-2:], dtype=torch.bool) if mask is None else mask
     return v if target.is_floating_point() else v & not_ignored(target, options.get("ignore_index", -100))
 
 
@@ -60,6 +60,8 @@ def undecided_pixels(
     """
     distance = options.get("distance") or proxy.distance
     z = logits.detach().double()
+    if z.shape[2:] != target.shape[-2:]:
+        z = upsampled(z, target.shape[-2:])
     v = valid_pixels(logits, target, options)
     plane = v.unsqueeze(1)
     if options.get("mode") == "binary":
@@ -92,11 +94,20 @@ def undecided_pixels(
     return undecided, largest
 
 
+def read_by(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N,h,w] bool: the small logits that any of these pixels [N,H,W] is made of, where logits are scaled up."""
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    small = torch.zeros(pixels.shape[0], 1, *size, dtype=torch.float64, requires_grad=True)
+    (d_small,) = torch.autograd.grad(upsampled(small, pixels.shape[1:]), small, pixels.unsqueeze(1).double())
+    return d_small.squeeze(1) > 0
+
+
 class Judge:
     """The oracle and the budget of one problem; `check` holds a backend's outcome against them.
 
     Attributes:
-        decided: [N,H,W] bool, where gradients are compared.
+        decided: bool, of the logits' size [N,H,W], where gradients are compared.
     """
 
     def __init__(self, logits: Tensor, target: Tensor, proxy: EdgeProxy, **options: Any) -> None:
@@ -104,10 +115,12 @@ class Judge:
         self.oracle = loss_and_grad(logits.detach().double(), wide_target, proxy, "reference", **options)
         self.reference = loss_and_grad(logits, target, proxy, "reference", **options)
         undecided, largest = undecided_pixels(logits, target, proxy, options)
-        self.decided = ~undecided
+        self.decided = ~read_by(undecided, (logits.shape[2], logits.shape[3]))
         self.floor = FLOOR[logits.dtype]
         counted = int(valid_pixels(logits, target, options).sum())
         self.slack = _cancellation(logits, counted, options)
+        # One small logit sums that of so many pixels.
+        self.slack *= (target.shape[-1] * target.shape[-2] / (logits.shape[2] * logits.shape[3])) ** 0.5
         self.value_slack = _feature_rounding(largest, proxy, counted, options)
 
     def check(self, ours: Outcome, who: str = "cpu") -> None:

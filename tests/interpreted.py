@@ -18,6 +18,7 @@ NEVER = ("test_half_precision_stays_finite_at_512",)
 # name -> a pattern that the parameters contain, the backend's and device's left out
 CHOSEN = {
     "test_error_budget": r"l1-pre|l2-post-dtype1|smooth_l1-pre-dtype2",
+    "test_scaled_up_within_the_budget": r"dtype1-nchw-sizes0",
     "test_layouts": r"dtype1-channels_last|dtype0-sliced|dtype2-every_other",
     "test_the_mean_counts_valid_pixels_only": "",
     "test_label_widths_agree": r"labels0",

@@ -94,7 +94,7 @@ def shapes(logits: torch.Tensor, target: torch.Tensor) -> dict[str, tuple[torch.
         "no pixels": (logits[..., :0], target[..., :0], ValueError, "H and W of at least 1"),
         "integer logits": (logits.long(), target, TypeError, "torch.int64"),
         "complex logits": (logits.to(torch.complex64), target, TypeError, "complex64"),
-        "size mismatch": (logits[..., :8, :8], target, ValueError, r"\[2,8,8\].*\[2, 13, 17\].*interpolate"),
+        "size mismatch": (logits[..., :8, :8], target, ValueError, r"\[2,8,8\].*\[2, 13, 17\].*upsample='bilinear'"),
         "batch mismatch": (logits[:1], target, ValueError, r"\[1,13,17\].*\[2, 13, 17\]"),
         "channel in labels": (logits, target.unsqueeze(1), ValueError, "squeeze"),
         "float labels": (logits, target.float(), ValueError, r"distribution .*target.long"),

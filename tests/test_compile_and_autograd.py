@@ -190,6 +190,7 @@ def test_opcheck(case: Case, per_pixel: bool, labels: torch.dtype) -> None:
         "multiclass",
         True,
         per_pixel,
+        False,
         "auto",
         case.backend,
     )

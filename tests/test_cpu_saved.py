@@ -67,9 +67,9 @@ def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[bool] = []
     outputs = FusedOps.outputs
 
-    def watched(self: FusedOps, logits: Tensor, config: FusedConfig, save: bool) -> Outputs:
+    def watched(self: FusedOps, logits: Tensor, target: Tensor, config: FusedConfig, save: bool) -> Outputs:
         asked.append(save)
-        return outputs(self, logits, config, save)
+        return outputs(self, logits, target, config, save)
 
     monkeypatch.setattr(FusedOps, "outputs", watched)
     proxy = EdgeProxy(3)

@@ -120,7 +120,7 @@ def problem_of(logits: Tensor, target: Tensor, proxy: EdgeProxy | None = None, *
 
 
 def forward(problem: Problem, save: bool = True) -> Outputs:
-    outputs = cuda_ops.ops.outputs(problem.logits, problem.config, save)
+    outputs = cuda_ops.ops.outputs(problem.logits, problem.target, problem.config, save)
     cuda_ops._forward(problem, outputs)
     return outputs
 
@@ -439,7 +439,8 @@ def test_the_module_counts_the_same_bytes(name: str, tap: str) -> None:
     for n, h, w in ((1, 1, 1), (2, 13, 17), (3, 64, 65)):
         params = describe(native_module, config, torch.float16)
         params.n, params.h, params.w = n, h, w
-        kept = cuda_ops.saved(torch.empty(n, NUM_CLASSES, h, w, device="meta"), config)
+        logits = torch.empty(n, NUM_CLASSES, h, w, device="meta")
+        kept = cuda_ops.saved(logits, logits[:, 0], config)
         assert kept.codes == (native_module.code_bytes(params),)
 
 
@@ -448,7 +449,7 @@ def test_bytes_kept_follow_symbolic_sizes() -> None:
     config = parse_config(problem_config())
 
     def allocate(logits: Tensor) -> Tensor:
-        return logits.new_empty(cuda_ops.saved(logits, config).codes, dtype=torch.uint8)
+        return logits.new_empty(cuda_ops.saved(logits, logits[:, 0], config).codes, dtype=torch.uint8)
 
     traced = make_fx(allocate, tracing_mode="symbolic")(torch.empty(2, 5, 13, 17))
     assert traced(torch.empty(3, 5, 7, 9)).shape == (19 * 3 * 7 * 9,)

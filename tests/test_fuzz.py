@@ -49,6 +49,7 @@ class Problem:
     binary: bool
     weighted: bool
     seed: int
+    small: tuple[int, int] | None  # of logits that are scaled up
     options: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> tuple[Tensor, Tensor, EdgeProxy, dict[str, Any]]:
@@ -56,8 +57,11 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed)
         n, c, h, w = self.n, self.classes, self.height, self.width
         channels = 1 if self.binary else c
-        logits = (self.scale * torch.randn(n, channels, h, w, generator=generator)).to(self.dtype)
+        size = self.small or (h, w)
+        logits = (self.scale * torch.randn(n, channels, *size, generator=generator)).to(self.dtype)
         options = dict(self.options)
+        if self.small:
+            options["upsample"] = "bilinear"
         if self.masked:
             options["valid_mask"] = torch.rand(n, h, w, generator=generator) >= self.masked
         if self.weighted:
@@ -142,6 +146,7 @@ def problems(draw: st.DrawFn) -> Problem:
         binary=binary,
         weighted=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        small=draw(st.sampled_from([None, (draw(st.integers(1, height)), draw(st.integers(1, width)))])),
         options=options,
     )
 

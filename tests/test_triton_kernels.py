@@ -362,7 +362,7 @@ def test_the_operator_keeps_what_the_plan_lays_out() -> None:
         dtype = source.choice((torch.float32, half, brain))
         logits = torch.empty((shape[0], config.channels[0], *shape[1:]), dtype=dtype, device="meta")
         plan = plan_module.make_plan(config, shape, dtype, False)
-        kept = triton_ops.saved(logits, config)
+        kept = triton_ops.saved(logits, logits[:, 0], config)
         assert kept.codes == (plan.code_offsets[-1],)
         assert kept.saved_d == (plan.saved_offsets[-1],)
         assert kept.dtype == plan.dtype
@@ -390,7 +390,7 @@ def test_the_default_proxy_keeps_24_bytes_a_pixel_at_most() -> None:
     for tap in ("pre", "post"):
         for dtype in (torch.float32, half, brain):
             logits = torch.empty((2, 21, 65, 129), dtype=dtype, device="meta")
-            kept = triton_ops.saved(logits, make_config(channels=channels, tap=tap))
+            kept = triton_ops.saved(logits, logits[:, 0], make_config(channels=channels, tap=tap))
             assert 0 < kept.codes[0] <= 24 * 2 * 65 * 129
             assert kept.saved_d == (0,)
 

@@ -15,6 +15,8 @@ struct BackwardScratch {
     float* z[BLOCK_ROWS] = {};
     float *q = nullptr, *g = nullptr, *zeros = nullptr, *nowhere = nullptr;
     float* upstream[BLOCK_ROWS] = {};  // rows of d_semeda where it is a map
+    Upsampler upsampler;
+    Downsampler downsampler;
     ConvScratch conv{};
     RowRef* rows = nullptr;
 
@@ -39,6 +41,10 @@ struct BackwardScratch {
         zeros = take_row(arena, plan);
         for (float*& row : upstream) row = take_row(arena, plan);
         nowhere = take_row(arena, plan, widest);
+        if (p.logits_h > 0) {
+            upsampler = Upsampler(plan, arena);
+            downsampler = Downsampler(plan, arena);
+        }
         conv = needs.take(arena);
         rows = arena.take<RowRef>(BLOCK_ROWS + needs.tallest);
     }
@@ -137,7 +143,7 @@ struct StoreEpilogue {
 
 class BackwardTask {
   public:
-    BackwardTask(const Plan& plan, std::int64_t task, void* scratch)
+    BackwardTask(const Plan& plan, std::int64_t task, void* scratch, float* partial)
         : plan_(plan),
           p_(*plan.params),
           win_(plan, task),
@@ -147,6 +153,10 @@ class BackwardTask {
         const auto* d_semeda = static_cast<const float*>(p_.d_semeda.data);
         scale_ = p_.d_semeda_is_map ? 1.0f : *d_semeda;
         s_.conv.ahead = &ahead_;
+        if (p_.logits_h > 0) {
+            s_.upsampler.set_window(win_, win_.own_begin * UNIT, win_.own_width);
+            s_.downsampler.set_window(win_, partial);
+        }
         for (int l = 0; l < p_.layers; ++l) products_ += products_of(plan.bwd[l], win_.units);
     }
 
@@ -174,6 +184,7 @@ class BackwardTask {
                 }
             }
         }
+        if (p_.logits_h > 0) s_.downsampler.finish();
     }
 
   private:
@@ -181,10 +192,12 @@ class BackwardTask {
     void look_ahead() {
         const std::int64_t y = done_[0];
         const int rows = static_cast<int>(win_.y1 - y < BLOCK_ROWS ? win_.y1 - y : BLOCK_ROWS);
-        const int x = win_.own_begin * UNIT, channels = p_.binary ? 1 : p_.classes;
+        const int x = win_.own_begin * UNIT;
         ahead_.clear();
-        ahead_.add(p_.logits, win_.n, y, rows, win_.xa + x, win_.own_width, channels);
-        ahead_.add(p_.d_logits, win_.n, y, rows, win_.xa + x, win_.own_width, channels);
+        if (!p_.logits_h) {
+            ahead_.add(p_.logits, win_.n, y, rows, win_.xa + x, win_.own_width, channels_of(p_));
+            ahead_.add(p_.d_logits, win_.n, y, rows, win_.xa + x, win_.own_width, channels_of(p_));
+        }
         ahead_.add(p_.target, win_.n, y, rows, win_.xa + x, win_.own_width, p_.soft ? p_.soft_channels : 1);
         for (int l = p_.layers; l > 0; --l) ahead_.add_saved(plan_, win_, l - 1, done_[l] + BLOCK_ROWS, p_.h);
         ahead_.spread(products_);
@@ -284,7 +297,8 @@ class BackwardTask {
                     epilogue.to[i] = i < count ? s_.d_p.row(y + r + i) : s_.nowhere;
                 convolve<false>(conv, s_.rows, win_.own_begin, win_.own_end, s_.conv, epilogue);
             }
-            read_logits(p_, win_, y + r, count, win_.own_begin * UNIT, win_.own_width, s_.z, plan_.pitch);
+            read_logits(p_, win_, s_.upsampler, y + r, count, win_.own_begin * UNIT, win_.own_width, s_.z,
+                        plan_.pitch);
             for (int i = 0; i < count; ++i) row(y + r + i, s_.z[i], features);
         }
     }
@@ -308,10 +322,11 @@ class BackwardTask {
         }
         backward_row(p_, cw_, labels, units, width, z + x, plan_.pitch,
                      features ? s_.d_p.row(y) + x : nullptr, plan_.pitch, scale_, q, s_.g + x);
-        if (p_.binary) {
-            write_floats(p_.d_logits, win_.n, y, win_.xa + x, 1, width, z + plan_.pitch + x, plan_.pitch);
+        const float* d_z = z + (p_.binary ? plan_.pitch : 0) + x;
+        if (p_.logits_h > 0) {
+            s_.downsampler.add(y, d_z);
         } else {
-            write_floats(p_.d_logits, win_.n, y, win_.xa + x, p_.classes, width, z + x, plan_.pitch);
+            write_floats(p_.d_logits, win_.n, y, win_.xa + x, channels_of(p_), width, d_z, plan_.pitch);
         }
     }
 

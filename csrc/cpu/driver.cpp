@@ -72,7 +72,7 @@ PlanMemory& scratch_of_thread() {
 }
 
 struct CallMemory {
-    PlanMemory forward_weights, backward_weights, sums;
+    PlanMemory forward_weights, backward_weights, sums, partial;
 };
 CallMemory& memory_of_caller() {
     thread_local CallMemory memory;
@@ -127,7 +127,8 @@ void ask_for_huge_pages(const void* data, std::int64_t bytes) {
 
 // Bytes from a gradient's first element to its last; the gradient is dense, whatever its layout.
 std::int64_t gradient_bytes(const LossParams& p) {
-    const std::int64_t sizes[4] = {p.n, p.binary ? 1 : p.classes, p.h, p.w};
+    const std::int64_t sizes[4] = {p.n, p.binary ? 1 : p.classes, p.logits_h > 0 ? p.logits_h : p.h,
+                                   p.logits_w > 0 ? p.logits_w : p.w};
     std::int64_t elements = 1;
     for (int i = 0; i < 4; ++i) {
         if (sizes[i] == 0) return 0;
@@ -198,10 +199,19 @@ void forward(const LossParams& p) {
 
 void backward(const LossParams& p) {
     const Kernels& k = kernels();
-    const Plan plan = make_plan(p, true, k, memory_of_caller().backward_weights);
+    CallMemory& memory = memory_of_caller();
+    const Plan plan = make_plan(p, true, k, memory.backward_weights);
     ask_for_huge_pages(p.d_logits.data, gradient_bytes(p));
-    run_tasks(plan.tasks, p.threads, k.backward_scratch(plan),
-              [&](std::int64_t task, void* scratch) { k.backward_task(plan, task, scratch); });
+    const bool upsampled = p.logits_h > 0;
+    float* partial = upsampled
+                         ? memory.partial.floats(static_cast<std::size_t>(plan.tasks * plan.partial_floats))
+                         : nullptr;
+    run_tasks(plan.tasks, p.threads, k.backward_scratch(plan), [&](std::int64_t task, void* scratch) {
+        k.backward_task(plan, task, scratch, upsampled ? partial + task * plan.partial_floats : nullptr);
+    });
+    if (!upsampled) return;
+    run_tasks(p.n * p.logits_h, p.threads, k.gather_scratch(plan),
+              [&](std::int64_t row, void* scratch) { k.gather_partial(plan, row, scratch, partial); });
 }
 
 double fma_peak(int threads) {

@@ -29,6 +29,7 @@ struct ForwardScratch {
     std::int16_t* no_labels = nullptr;    // a row of void
     std::int16_t* only[BLOCK_ROWS] = {};  // of each unit of four rows: the class alone in reach, or -1
     float *zeros = nullptr, *ce = nullptr;
+    Upsampler upsampler;
     ConvScratch conv{};
     float* sums[BLOCK_ROWS] = {};                       // the distance of each pixel of four rows
     float *nowhere = nullptr, *code_nowhere = nullptr;  // take rows, codes and differences that nobody wants
@@ -66,6 +67,7 @@ struct ForwardScratch {
         const std::size_t of_codes = static_cast<std::size_t>(3 * widest) * plan.plane_bytes / sizeof(float);
         const std::size_t of_saved = static_cast<std::size_t>(widest) * UNIT;
         code_nowhere = arena.take<float>(of_codes > of_saved ? of_codes : of_saved);
+        if (p.logits_h > 0) upsampler = Upsampler(plan, arena);
         conv = needs.take(arena);
         rows = arena.take<RowRef>(BLOCK_ROWS + needs.tallest);
         if (!arena.base) return;
@@ -91,6 +93,7 @@ class ForwardTask {
           s_(plan, arena_),
           sums_(sums) {
         s_.conv.ahead = &ahead_;
+        if (p_.logits_h > 0) s_.upsampler.set_window(win_, 0, win_.width);
         for (int l = 0; l < p_.layers; ++l) products_ += products_of(plan.fwd[l], win_.units);
     }
 
@@ -107,7 +110,7 @@ class ForwardTask {
                     if (l == 0) {
                         float* e[BLOCK_ROWS];
                         for (int r = 0; r < rows; ++r) e[r] = s_.e.row(done_[0] + r);
-                        read_logits(p_, win_, done_[0], rows, 0, win_.width, e, plan_.pitch);
+                        read_logits(p_, win_, s_.upsampler, done_[0], rows, 0, win_.width, e, plan_.pitch);
                         for (int r = 0; r < rows; ++r) pixels(done_[0] + r);
                     } else {
                         if (l <= plan_.target_layers) target(l - 1, done_[l], rows);
@@ -127,7 +130,7 @@ class ForwardTask {
                            end = win_.y1 + plan_.halo[0] < p_.h ? win_.y1 + plan_.halo[0] : p_.h;
         const int rows = static_cast<int>(end - y < BLOCK_ROWS ? end - y : BLOCK_ROWS);
         ahead_.clear();
-        ahead_.add(p_.logits, win_.n, y, rows, win_.xa, win_.width, p_.binary ? 1 : p_.classes);
+        if (!p_.logits_h) ahead_.add(p_.logits, win_.n, y, rows, win_.xa, win_.width, channels_of(p_));
         ahead_.add(p_.target, win_.n, y, rows, win_.xa, win_.width, p_.soft ? p_.soft_channels : 1);
         for (int l = 0; l < p_.layers; ++l) {
             const std::int64_t next = done_[l + 1] + BLOCK_ROWS;

@@ -32,6 +32,7 @@ namespace SEMEDA_ISA {
 #include "ahead.h"
 #include "conv.h"
 #include "rings.h"
+#include "upsample.h"
 #include "distance.h"
 #include "forward.h"
 #include "backward.h"
@@ -48,8 +49,8 @@ void forward_task(const Plan& plan, std::int64_t task, void* scratch, double* su
     ForwardTask(plan, task, scratch, sums).run();
 }
 
-void backward_task(const Plan& plan, std::int64_t task, void* scratch) {
-    BackwardTask(plan, task, scratch).run();
+void backward_task(const Plan& plan, std::int64_t task, void* scratch, float* partial) {
+    BackwardTask(plan, task, scratch, partial).run();
 }
 
 // Independent chains of fused multiply-adds in registers, as many as hide their latency.
@@ -73,9 +74,16 @@ double fma_loop(std::int64_t rounds) {
 
 #define SEMEDA_TEXT(x) #x
 #define SEMEDA_NAME(x) SEMEDA_TEXT(x)
-const Kernels table = {
-    SEMEDA_NAME(SEMEDA_ISA),        MAX_MB,       MAX_MB_2D,     scratch_bytes<ForwardScratch>,
-    scratch_bytes<BackwardScratch>, forward_task, backward_task, fma_loop};
+const Kernels table = {SEMEDA_NAME(SEMEDA_ISA),
+                       MAX_MB,
+                       MAX_MB_2D,
+                       scratch_bytes<ForwardScratch>,
+                       scratch_bytes<BackwardScratch>,
+                       scratch_bytes<GatherScratch>,
+                       forward_task,
+                       backward_task,
+                       gather_partial,
+                       fma_loop};
 
 }  // namespace SEMEDA_ISA
 }  // namespace

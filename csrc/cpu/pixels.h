@@ -65,6 +65,9 @@ inline void read_label_row(const LossParams& p, const Window& win, std::int64_t 
     row.any_void = any_void;
 }
 
+// Of the logits, and of their gradient.
+inline int channels_of(const LossParams& p) { return p.binary ? 1 : p.classes; }
+
 // Logits of up to four rows as C planar channels; binary logits get a first channel of zeros, so that softmax
 // gives [1-s, s]. Channel by channel where a channel's rows are contiguous: the processor fetches ahead along
 // them.
@@ -73,7 +76,7 @@ inline void read_logits(const LossParams& p, const Window& win, std::int64_t y, 
     const View& view = p.logits;
     const std::int64_t x = win.xa + x0;
     const bool planar = view.stride[3] == 1;
-    const int channels = p.binary ? 1 : p.classes, first = p.binary ? 1 : 0;
+    const int channels = channels_of(p), first = p.binary ? 1 : 0;
     for (int c = 0; planar && c < channels; ++c) {
         View channel = view;
         channel.data =

@@ -267,6 +267,11 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
     plan.strip_halo = static_cast<int>(round_up(plan.halo[0], UNIT));
     cut(p, plan);
     lay_out_codes(p, plan);
+    if (p.logits_h > 0) {  // two neighbours at most more than so many outputs lie apart
+        const std::int64_t rows = plan.chunk_rows * p.logits_h / p.h + 3;
+        plan.partial_pitch = round_up(plan.strip_width * p.logits_w / p.w + 3, UNIT);
+        plan.partial_floats = rows * (p.binary ? 1 : p.classes) * plan.partial_pitch;
+    }
 
     plan.target_layers = p.tap == Tap::post ? p.layers : p.layers - 1;
     int widest_pad = 0;
@@ -344,6 +349,9 @@ const char* why_unsupported(const LossParams& p) {
     if (p.classes < 1 || p.classes > MAX_CLASSES) return "there are more than 1024 classes";
     for (int l = 0; l < p.layers; ++l) {
         if (p.layer[l].ksize % 2 == 0) return "a kernel has an even size";
+    }
+    if ((p.logits_h > 0) != (p.logits_w > 0) || p.logits_h > p.h || p.logits_w > p.w) {
+        return "logits can be scaled up, not down";
     }
     return nullptr;
 }

@@ -104,6 +104,8 @@ struct Plan {
     // stream.
     int saved_plane[MAX_LAYERS] = {}, saved_planes = 0;
     std::int64_t saved_pitch = 0;  // floats of one feature
+    // What a task makes of the gradient of logits that are scaled up: [rows][channels][partial_pitch] floats.
+    std::int64_t partial_pitch = 0, partial_floats = 0;
 };
 
 // Owns what a plan points to; one for each calling thread, its memory is kept from call to call.
@@ -135,9 +137,13 @@ struct Kernels {
     int max_block, max_block_2d;  // the most output channels that registers hold; in winograd_2d
     std::size_t (*forward_scratch)(const Plan&);
     std::size_t (*backward_scratch)(const Plan&);
+    std::size_t (*gather_scratch)(const Plan&);
     // Sums of the task's rows go to sums + (row of the batch * strips + strip) * (SUM_LAYERS + L).
     void (*forward_task)(const Plan&, std::int64_t task, void* scratch, double* sums);
-    void (*backward_task)(const Plan&, std::int64_t task, void* scratch);
+    // Gradients of logits that are scaled up go to partial + task * partial_floats, and gather_partial makes
+    // each row of d_logits (counted over the batch) of all tasks' parts.
+    void (*backward_task)(const Plan&, std::int64_t task, void* scratch, float* partial);
+    void (*gather_partial)(const Plan&, std::int64_t row, void* scratch, const float* partial);
     double (*fma_loop)(std::int64_t rounds);  // returns FLOP done
 };
 

@@ -52,6 +52,10 @@ inline F shift_up(F a, F b) {
 inline F shift_down(F a, F b) {
     return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), 1))};
 }
+// Lane i gets p[lane[i]], each of them below VL.
+inline F pick(const float* p, const std::int32_t* lane) {
+    return {_mm512_maskz_permutexvar_ps(0xffff, _mm512_loadu_si512(lane), _mm512_loadu_ps(p))};
+}
 inline void deinterleave(F a, F b, F& even, F& odd) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     even.v = _mm512_permutex2var_ps(a.v, evens, b.v);
@@ -119,6 +123,10 @@ inline F shift_up(F a, F b) {
 inline F shift_down(F a, F b) {
     const __m256i turn = _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0);
     return {_mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, turn), _mm256_permutevar8x32_ps(b.v, turn), 128)};
+}
+inline F pick(const float* p, const std::int32_t* lane) {
+    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
+    return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes)};
 }
 inline __m256 quarters_0213(__m256 a) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), _MM_SHUFFLE(3, 1, 2, 0)));
@@ -196,6 +204,9 @@ inline F operator/(F a, F b) {
 }
 inline F fma(F a, F b, F c) { return a * b + c; }
     #endif
+inline F pick(const float* p, const std::int32_t* lane) {
+    return each([&](int i) { return p[lane[i]]; });
+}
 inline F vmax(F a, F b) {
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }

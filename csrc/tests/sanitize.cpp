@@ -42,6 +42,9 @@ struct Case {
     bool valid = false, soft = false, binary = false, weights = false, maps = false, bad_labels = false;
     int soft_channels = 0;
     float smoothing = 0;
+    int logits_h = 0, logits_w = 0;  // of logits that are scaled up; else 0
+    int rows() const { return logits_h ? logits_h : shape.h; }
+    int columns() const { return logits_w ? logits_w : shape.w; }
 };
 
 std::string describe(const Case& c) {
@@ -66,6 +69,7 @@ std::string describe(const Case& c) {
                                    {c.smoothing > 0, " smoothing"}}) {
         if (on) all += name;
     }
+    if (c.logits_h) all += " from " + std::to_string(c.logits_h) + "x" + std::to_string(c.logits_w);
     return all;
 }
 
@@ -83,7 +87,7 @@ struct Problem {
 
     explicit Problem(const Case& the_case)
         : c(the_case),
-          logits(c.shape.n, c.binary ? 1 : c.shape.classes, c.shape.h, c.shape.w, c.dtype, c.layout),
+          logits(c.shape.n, c.binary ? 1 : c.shape.classes, c.rows(), c.columns(), c.dtype, c.layout),
           target(c.shape.n, c.soft ? c.soft_channels : 1, c.shape.h, c.shape.w, c.soft ? c.dtype : c.labels,
                  c.soft ? c.layout : Layout::nchw),
           valid(c.shape.n, 1, c.shape.h, c.shape.w, DType::u8, Layout::spaced),
@@ -115,8 +119,9 @@ struct Problem {
         valid.fill([&](std::int64_t n, std::int64_t, std::int64_t y, std::int64_t x) {
             return label_at(n, y, x) == c.shape.classes ? 0.0 : 1.0;
         });
-        // Void logits are NaN: they must reach nothing. Expanded logits share memory with other images.
-        const bool poison = c.layout != Layout::expanded && (!c.soft || c.valid);
+        // Void logits are NaN: they must reach nothing. Expanded logits share memory with other images, and
+        // those that are scaled up with other pixels.
+        const bool poison = c.layout != Layout::expanded && (!c.soft || c.valid) && !c.logits_h;
         logits.fill([&](std::int64_t n, std::int64_t, std::int64_t y, std::int64_t x) {
             return poison && label_at(n, y, x) == c.shape.classes ? std::nan("") : random.eighth();
         });
@@ -130,6 +135,8 @@ struct Problem {
         p.n = c.shape.n;
         p.h = c.shape.h;
         p.w = c.shape.w;
+        p.logits_h = c.logits_h;
+        p.logits_w = c.logits_w;
         p.classes = c.shape.classes;
         p.binary = c.binary;
         p.logits = logits.view;
@@ -206,7 +213,7 @@ struct Forward {
 Tensor backward_of(const Problem& problem, const Forward& saved, int threads, int poison) {
     const Case& c = problem.c;
     const bool dense = c.layout != Layout::expanded && c.layout != Layout::spaced;
-    Tensor d_logits(c.shape.n, c.binary ? 1 : c.shape.classes, c.shape.h, c.shape.w, c.dtype,
+    Tensor d_logits(c.shape.n, c.binary ? 1 : c.shape.classes, c.rows(), c.columns(), c.dtype,
                     dense ? c.layout : Layout::nchw, poison);
     const std::int64_t n = c.maps ? c.shape.n : 1, h = c.maps ? c.shape.h : 1, w = c.maps ? c.shape.w : 1;
     Tensor d_ce(n, 1, h, w, DType::f32, c.maps ? Layout::transposed : Layout::nchw);
@@ -422,6 +429,23 @@ std::vector<Case> cases() {
             c.shape = shape;
             c.proxy = proxy;
             vary(c);
+        }
+    }
+    // Logits of a fraction of the labels' size, among them shapes of several strips and chunks.
+    const std::vector<std::pair<Shape, std::pair<int, int>>> small = {
+        {{1, 1, 1, 1}, {1, 1}},       {{2, 3, 1, 33}, {1, 9}},     {{1, 3, 9, 1}, {2, 1}},
+        {{1, 5, 13, 31}, {4, 8}},     {{2, 4, 16, 64}, {4, 16}},   {{1, 3, 17, 50}, {16, 49}},
+        {{1, 2, 33, 2049}, {9, 300}}, {{1, 300, 35, 40}, {9, 10}}, {{2, 21, 67, 35}, {17, 9}}};
+    for (const auto& [shape, size] : small) {
+        for (int repeat = 0; repeat < 4; ++repeat) {
+            Case c;
+            c.shape = shape;
+            c.proxy = {{5, 3}, {2, 3}};
+            c.logits_h = size.first;
+            c.logits_w = size.second;
+            c.binary = shape.classes == 2 && repeat % 2 == 1;
+            vary(c);
+            if (all.back().binary) all.back().soft = false;
         }
     }
     return all;
