@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from . import machine, oracle, runner, tables
-from .contenders import NOT_INDUCTOR, Contender, contenders
+from .contenders import NOT_INDUCTOR, Contender, contenders, upsampling
 from .networks import NETWORKS
 from .plans import WARMUP, Case, Plan, step_case
 from .report import labels_text
@@ -79,7 +79,7 @@ class Measurements:
         Of a training step: on the logits of a tiny network, and one step of it.
         """
         if group.network:
-            return self._check_tiny_step(group, contenders()[contender])
+            return self._check_tiny_step(group, {**contenders(), **upsampling()}[contender])
         small = group.workload.replace(batch=1, height=40, width=40)
         if small.name not in self._inputs:
             inputs = make_inputs(small)
@@ -99,8 +99,11 @@ class Measurements:
             self._training[group.name] = training, oracle.compute_oracle(training.inputs)
         training, truth = self._training[group.name]
         function = contender.make(training.inputs, NOT_INDUCTOR)
-        training.step_of(function)()
-        return oracle.check(function, training.leaf(), training.inputs, truth, contender.checked_as)
+        training.step_of(function, contender.upsamples)()
+        if contender.upsamples:
+            truth = oracle.of_small_logits(truth, (training.small.shape[2], training.small.shape[3]))
+        leaf = training.leaf(contender.upsamples)
+        return oracle.check(function, leaf, training.inputs, truth, contender.checked_as)
 
 
 REPLAY = ReplayTimer()

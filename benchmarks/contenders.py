@@ -29,6 +29,7 @@ class Contender:
         checked_as: "loss" (the reference's tolerance), "half" (bf16's for fp16 logits, too),
             "autocast" (a wider one), "ce" (cross-entropy's value).
         fused: whether it is a backend of this library other than the reference.
+        upsamples: whether it takes a network's logits at a fraction of the labels' size; in training steps alone.
         make: (inputs, compiler backend) -> the function to call.
     """
 
@@ -40,6 +41,7 @@ class Contender:
     checked_as: str
     fused: bool
     make: Callable[[Inputs, str], LossFunction]
+    upsamples: bool = False
 
 
 def contenders(device: str = "cpu") -> dict[str, Contender]:
@@ -58,13 +60,19 @@ def contenders(device: str = "cpu") -> dict[str, Contender]:
     return {contender.name: contender for contender in found}
 
 
+def upsampling(device: str = "cpu") -> dict[str, Contender]:
+    """Those that take a network's logits as it gives them, and scale them up themselves."""
+    able = [_upsampling(name) for name in fused_names(device) if backends.get(name).upsamples is not None]
+    return {contender.name: contender for contender in able}
+
+
 def fused_names(device: str = "cpu") -> tuple[str, ...]:
     """The registry's backends that can run here, without the reference and without interpreters."""
     names = backends.available_names(device)
     return tuple(name for name in names if name != "reference" and device not in backends.get(name).by_name_on)
 
 
-def criterion(inputs: Inputs, backend: str, *, validate: str = "auto") -> SemedaLoss:
+def criterion(inputs: Inputs, backend: str, *, validate: str = "auto", upsample: str | None = None) -> SemedaLoss:
     """The loss of a workload on one backend, on the inputs' device."""
     loss = SemedaLoss(
         inputs.proxy,
@@ -72,6 +80,7 @@ def criterion(inputs: Inputs, backend: str, *, validate: str = "auto") -> Semeda
         lambda_semeda=LAMBDA_SEMEDA,
         ignore_index=inputs.workload.ignore_index,
         mode=inputs.workload.mode,
+        upsample=upsample,
         backend=backend,
         validate=validate,
     )
@@ -121,3 +130,11 @@ def _backend(name: str, title: str, layout: str, backend: str) -> Contender:
 
     checked_as = "half" if backends.get(backend).half_products else "loss"
     return Contender(name, title, layout, backend, False, checked_as, True, make)
+
+
+def _upsampling(backend: str) -> Contender:
+    def make(inputs: Inputs, compiler: str) -> LossFunction:
+        return criterion(inputs, backend, upsample="bilinear")
+
+    name, title = f"{backend}_upsample", f'semeda_fast {backend}, upsample="bilinear"'
+    return Contender(name, title, "nchw", name, False, "loss", True, make, upsamples=True)

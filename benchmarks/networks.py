@@ -27,6 +27,7 @@ class Network:
         package: what has to be installed.
         make: (C, (H, W), tiny) -> a module whose output is logits, or holds them; `tiny` for trials.
         square: whether it takes square images only.
+        full_size: whether it scales its logits up itself.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Network:
     package: str
     make: Callable[[int, tuple[int, int], bool], nn.Module]
     square: bool = False
+    full_size: bool = False
 
     def why_not(self) -> str:
         """Why it cannot be built here; "" where it can."""
@@ -48,16 +50,25 @@ class Scaled(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [N,3,H,W] -> logits [N,C,H,W], in the memory order in which the network gives them."""
+    def small(self, images: Tensor) -> Tensor:
+        """images [N,3,H,W] -> logits [N,C,h,w], in the size and memory order in which the network gives them."""
         out: Any = self.network(images)
         logits: Tensor = out.logits if hasattr(out, "logits") else out["out"]
-        if logits.shape[-2:] == images.shape[-2:]:
-            return logits
-        return interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [N,3,H,W] -> logits [N,C,H,W]."""
+        return scaled_up(self.small(images), (images.shape[-2], images.shape[-1]))
 
 
-def build(name: str, num_classes: int, size: tuple[int, int], *, tiny: bool = False) -> nn.Module:
+def scaled_up(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits at the size (H, W), bilinearly."""
+    if logits.shape[-2:] == size:
+        return logits
+    return interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def build(name: str, num_classes: int, size: tuple[int, int], *, tiny: bool = False) -> Scaled:
     """A network of NETWORKS in training mode, with the same random weights on every machine.
 
     Args:
@@ -76,7 +87,9 @@ def build(name: str, num_classes: int, size: tuple[int, int], *, tiny: bool = Fa
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Scaled(network.make(num_classes, size, tiny)).train()
+        scaled = Scaled(network.make(num_classes, size, tiny))
+        scaled.train()
+        return scaled
 
 
 def _from_config(model_type: str, **settings: Any) -> nn.Module:
@@ -140,7 +153,7 @@ NETWORKS = {
     for network in (
         Network("mobilenet_v2", "MobileNetV2-DeepLabV3+", "transformers", _mobilenet),
         Network("segformer_b0", "SegFormer-B0", "transformers", _segformer),
-        Network("upernet_resnet50", "UPerNet-ResNet-50", "transformers", _upernet),
+        Network("upernet_resnet50", "UPerNet-ResNet-50", "transformers", _upernet, full_size=True),
         Network("dpt_small", "DPT-ViT-S", "transformers", _dpt, square=True),
         Network("deeplab_resnet101", "DeepLabV3-ResNet-101", "torchvision", _deeplab),
     )

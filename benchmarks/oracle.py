@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semeda_fast.files import atomic_path
-from semeda_fast.reference import features, rho, sum_in_order
+from semeda_fast.reference import features, rho, sum_in_order, upsampled
 
 from .plain import LossFunction
 from .workloads import LAMBDA_CE, LAMBDA_SEMEDA, Inputs
@@ -105,6 +105,19 @@ def compute_oracle(inputs: Inputs) -> Oracle:
         total_ce += float(ce.detach()[:, kept].sum())
         kink[:, top:bottom] = _kinks(taps, labels, inputs, scales)[:, kept]
     return Oracle(total / count, total_ce / count, gradient, kink)
+
+
+def of_small_logits(oracle: Oracle, size: tuple[int, int]) -> Oracle:
+    """The same for logits [N,C,*size] that are scaled up bilinearly to those the oracle is of."""
+
+    def scaled_down(x: Tensor) -> Tensor:
+        small = torch.zeros((*x.shape[:2], *size), dtype=torch.float64, device=x.device, requires_grad=True)
+        (d_small,) = torch.autograd.grad(upsampled(small, x.shape[2:]), small, x.double())
+        return d_small
+
+    gradient = torch.cat([scaled_down(image.unsqueeze(0)).float() for image in oracle.gradient])
+    kink = scaled_down(oracle.kink.unsqueeze(1))[:, 0] > 0
+    return Oracle(oracle.loss, oracle.ce, gradient, kink)
 
 
 def cached_oracle(inputs: Inputs, folder: Path | None) -> Oracle:

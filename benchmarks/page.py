@@ -99,6 +99,9 @@ def _overhead_table(grouped: list[list[Record]]) -> tuple[list[str], Rows]:
         speed = plain["workload"]["batch"] / tables.median(plain)
         row = [plain["title_network"], tables.number(1000 * tables.median(plain)), tables.number(speed)]
         for name in names:
+            if name not in found:  # a network that scales its logits up itself
+                row += ["", ""]
+                continue
             over, own = tables.overhead(found[name], group), tables.loss_part(found[name], group)
             if over is None:
                 row += [tables.verdict(found[name]), ""]

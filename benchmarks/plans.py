@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .contenders import NOT_INDUCTOR
-from .networks import CPU_NETWORKS, GPU_NETWORKS
+from .networks import CPU_NETWORKS, GPU_NETWORKS, NETWORKS
 from .timing import MODES, Budget
 from .workloads import DATASETS, DTYPES, HEADLINE, PROXIES, Workload, named, with_classes
 
 ALLOCATORS = ("default", "tuned")
-# "fused" stands for every backend of the registry but the reference, in both layouts.
+# "fused" stands for every backend of the registry but the reference, in both layouts; "upsampling" for those that take
+# a network's logits before they are scaled up.
 PLAIN = ("ce", "reference", "reference_cl")
 BASELINES = ("ce", "ce_compiled", "reference", "reference_cl", "autocast", "compiled", "compiled_cl")
 HALF = ("ce", "reference", "autocast", "autocast_cl", "compiled_autocast")
@@ -232,7 +233,8 @@ def gpu_steps(threads: int, fused: Sequence[str], kind: str = "camvid") -> list[
 
 def step_case(network: str, workload: Workload, threads: int, budget: Budget, tiny: bool = False) -> Case:
     """The training steps of one network."""
-    return Case("step", "steps", threads, workload, (*STEPS, "fused"), "step", budget, 1, network, tiny)
+    contenders = (*STEPS, "fused", "upsampling")
+    return Case("step", "steps", threads, workload, contenders, "step", budget, 1, network, tiny)
 
 
 def _step_memory(networks: Sequence[str], workload: Workload, threads: int, fused: Sequence[str]) -> list[Plan]:
@@ -242,6 +244,9 @@ def _step_memory(networks: Sequence[str], workload: Workload, threads: int, fuse
         for name in (*STEPS, *(name for name in fused if not name.endswith("_cl"))):
             case = Case("step-memory", "steps", threads, workload, (name,), "step", network=network)
             plans.append(Plan(f"step-memory-{network}-{name}", (case,)))
+        if not NETWORKS[network].full_size and "cpu" in fused:
+            case = Case("step-memory", "steps", threads, workload, ("upsampling",), "step", network=network)
+            plans.append(Plan(f"step-memory-{network}-upsampling", (case,)))
     return plans
 
 

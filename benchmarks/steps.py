@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import machine, memory
 from .contenders import Contender
-from .networks import build
+from .networks import Scaled, build, scaled_up
 from .plain import LossFunction
 from .timing import Step
 from .workloads import Inputs, Workload, make_inputs
@@ -27,14 +27,17 @@ class Training:
     """A network in training on one batch, always the same one.
 
     Attributes:
-        inputs: of the loss; their logits are the network's first ones.
-        parts: seconds from the logits to their gradient, one entry a step (empty on a GPU, which runs behind).
+        inputs: of the loss; their logits are the network's first ones, scaled up.
+        small: those as the network gives them [N,C,h,w], detached; what `inputs.logits` are made of.
+        parts: seconds from the network's logits to their gradient, scaling included, one entry a step (empty on a GPU,
+            which runs behind).
     """
 
-    network: nn.Module
+    network: Scaled
     optimizer: torch.optim.Optimizer
     images: Tensor
     inputs: Inputs
+    small: Tensor
     parts: list[float] = field(default_factory=list)
 
     @staticmethod
@@ -42,7 +45,7 @@ class Training:
         """A network of NETWORKS on images of a workload's size, with its labels.
 
         The first logits of a network that knows nothing are nearly equal, so they are no test of a loss: labels
-        leave their mark on a few of them, as in `make_inputs`.
+        leave their mark on them, as in `make_inputs`.
 
         Raises:
             ValueError, ImportError: the network cannot be built, or not for this size.
@@ -54,52 +57,69 @@ class Training:
         images = torch.randn((workload.batch, 3, workload.height, workload.width), generator=generator).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
         inputs = make_inputs(workload, device)
-        training = Training(network, optimizer, images, inputs)
+        training = Training(network, optimizer, images, inputs, inputs.logits)
         with torch.no_grad():
-            logits = training.forward()
+            raw = training.forward(small=True)
+            # In the network's memory order, so that every contender is checked and compiled for what it will get.
+            marks = nn.functional.interpolate(inputs.logits, size=raw.shape[2:], mode="nearest")
+            training.small = torch.empty_like(raw).copy_(raw + marks)
+            logits = scaled_up(training.small, (workload.height, workload.width))
         if logits.shape != inputs.logits.shape or logits.dtype != inputs.logits.dtype:
             raise ValueError(
                 f"{name} gives {logits.dtype} logits {tuple(logits.shape)}; expected {inputs.logits.dtype} "
                 f"{tuple(inputs.logits.shape)}, one for each pixel"
             )
-        # In the network's memory order, so that every contender is checked and compiled for what it will get.
-        training.inputs = replace(inputs, logits=torch.empty_like(logits).copy_(logits + inputs.logits))
+        training.inputs = replace(inputs, logits=logits)
         return training
+
+    @property
+    def gives_small_logits(self) -> bool:
+        """Whether the network leaves the logits at a fraction of the labels' size."""
+        return self.small.shape != self.inputs.logits.shape
 
     @property
     def parameters(self) -> int:
         """Number of weights."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def forward(self) -> Tensor:
-        """The network's logits, under autocast where the workload asks for half precision."""
+    def forward(self, small: bool = False) -> Tensor:
+        """The network's logits, under autocast where the workload asks for half precision; scaled up unless `small`."""
         dtype, device = self.inputs.workload.torch_dtype, self.images.device.type
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits: Tensor = self.network(self.images)
+            logits: Tensor = self.network.small(self.images) if small else self.network(self.images)
         return logits
 
-    def leaf(self) -> Tensor:
+    def leaf(self, small: bool = False) -> Tensor:
         """The logits as a leaf that wants a gradient, in the memory order of the network's."""
-        return self.inputs.logits.detach().clone().requires_grad_()
+        return (self.small if small else self.inputs.logits).detach().clone().requires_grad_()
 
-    def step_of(self, function: LossFunction) -> Step:
-        """A step with this loss, as a training script takes it; on a CPU it notes the loss's own part in `parts`."""
+    def step_of(self, function: LossFunction, upsamples: bool = False) -> Step:
+        """A step with this loss, as a training script takes it; on a CPU it notes the loss's own part in `parts`.
+
+        Args:
+            upsamples: whether the loss takes the logits as the network gives them.
+        """
         timed = self.images.device.type == "cpu"
+        size = (self.images.shape[-2], self.images.shape[-1])
+        dtype, device = self.inputs.workload.torch_dtype, self.images.device.type
 
         def step() -> None:
-            logits = self.forward()
+            logits = self.forward(small=True)
             begin = time.perf_counter()
             if timed:
                 logits.register_hook(lambda _: self.parts.append(time.perf_counter() - begin))
+            if not upsamples:
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    logits = scaled_up(logits, size)
             function(logits, self.inputs.target).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
         return step
 
-    def parted(self, function: LossFunction, into: list[float]) -> Step:
+    def parted(self, function: LossFunction, into: list[float], upsamples: bool = False) -> Step:
         """`step_of` that moves the loss's own part to a list of the contender's."""
-        step = self.step_of(function)
+        step = self.step_of(function, upsamples)
 
         def noting() -> None:
             step()
@@ -125,13 +145,14 @@ def measure_peak(contender: Contender, name: str, workload: Workload, device: st
     function = contender.make(training.inputs, compiler)
     training.step_of(lambda logits, target: nn.functional.cross_entropy(logits.float(), target, ignore_index=255))()
     if contender.compiled:
-        training.step_of(function)()
+        training.step_of(function, contender.upsamples)()
     else:
         small = make_inputs(workload.replace(batch=1, height=32, width=32), device)
         contender.make(small, compiler)(small.leaf("nchw"), small.target).backward()
     training.inputs = replace(training.inputs, logits=logits[:, :, :1, :1])  # no step needs them
+    training.small = training.small[:, :, :1, :1]
     del logits
-    step = training.step_of(function)
+    step = training.step_of(function, contender.upsamples)
     peak = memory.peak_of(step, device)
     return memory.Peak(peak, gradient, None)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from . import runner
-from .contenders import contenders
+from .contenders import contenders, upsampling
+from .networks import NETWORKS
 from .plans import BASELINES, STEPS
 from .timing import Budget
 from .workloads import HEADLINE, Workload, named
@@ -44,7 +45,8 @@ class Group:
         """The baselines, and every fused backend that can run here."""
         layouts = ("nchw",) if self.network else ("nchw", "channels_last")
         fused = (name for name, contender in contenders().items() if contender.fused and contender.layout in layouts)
-        return (*self.baselines, *fused)
+        small = upsampling() if self.network and not NETWORKS[self.network].full_size else ()
+        return (*self.baselines, *fused, *small)
 
 
 def groups() -> list[Group]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from semeda_fast.files import atomic_path
 
 from . import machine, memory, oracle, steps, timing
-from .contenders import Contender, contenders
+from .contenders import Contender, contenders, upsampling
 from .networks import NETWORKS
 from .plain import LossFunction
 from .plans import Case, Plan
@@ -72,11 +72,13 @@ def _peaks_case(case: Case, plan: Plan) -> list[Record]:
 
 
 def _chosen(case: Case, plan: Plan) -> list[Contender]:
-    """The case's contenders that exist here; "fused" stands for every fused backend of the registry."""
-    known = contenders(plan.device)
+    """The case's contenders that exist here; "fused" and "upsampling" stand for some of the registry's backends."""
+    full_size, small = contenders(plan.device), upsampling(plan.device)
+    known = {**full_size, **small}
     names: dict[str, None] = {}
     for name in case.contenders:
-        names.update(dict.fromkeys([n for n, c in known.items() if c.fused] if name == "fused" else [name]))
+        groups = {"fused": [n for n, c in full_size.items() if c.fused], "upsampling": list(small)}
+        names.update(dict.fromkeys(groups.get(name, [name])))
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"contenders must be from {', '.join(known)}; got {', '.join(missing)}")
@@ -174,6 +176,7 @@ def _step_case(case: Case, plan: Plan) -> list[Record]:
     assert case.workload is not None
     about = {**_facts(case, None), "network": case.network, "title_network": NETWORKS[case.network].title}
     chosen = [c for c in _chosen(case, plan) if not (c.fused and c.layout != "nchw")]
+    chosen = [c for c in chosen if not (c.upsamples and NETWORKS[case.network].full_size)]
     reason = NETWORKS[case.network].why_not() or steps.why_not_run(case.workload, plan.device)
     if reason:
         group = case.group(plan)
@@ -181,6 +184,8 @@ def _step_case(case: Case, plan: Plan) -> list[Record]:
     training = steps.Training.of(case.network, case.workload, plan.device, tiny=case.tiny)
     about.update(labels=vars(training.inputs.facts), parameters=training.parameters)
     truth = oracle.compute_oracle(training.inputs)
+    size = (training.small.shape[2], training.small.shape[3])
+    small_truth = oracle.of_small_logits(truth, size) if training.gives_small_logits else truth
     if plan.device == "cuda":
         _settle_cuda(case.workload.dtype)
     records: dict[str, Record] = {}
@@ -191,7 +196,8 @@ def _step_case(case: Case, plan: Plan) -> list[Record]:
         progress(f"{plan.name}: {case.network} {case.workload.name}: {contender.name}")
         try:
             function = contender.make(training.inputs, plan.compiler)
-            result = oracle.check(function, training.leaf(), training.inputs, truth, contender.checked_as)
+            leaf, right = training.leaf(contender.upsamples), small_truth if contender.upsamples else truth
+            result = oracle.check(function, leaf, training.inputs, right, contender.checked_as)
             record["check"] = oracle.as_json(result)
         except Exception as error:
             record.update(**_failure(contender, error))
@@ -199,7 +205,8 @@ def _step_case(case: Case, plan: Plan) -> list[Record]:
         if not result.ok:
             record.update(status="wrong", reason=result.describe())
             continue
-        todo[contender.name] = training.parted(function, parts.setdefault(contender.name, []))
+        into = parts.setdefault(contender.name, [])
+        todo[contender.name] = training.parted(function, into, contender.upsamples)
     for name, samples in timing.interleaved(todo, case.budget, device=plan.device, warmup=case.warmup).items():
         rounds = len(samples.seconds)
         records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)

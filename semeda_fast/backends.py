@@ -29,10 +29,6 @@ def _anything(logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: L
     return None
 
 
-def _takes_full_size(logits: Tensor, target: Tensor) -> bool:
-    return False
-
-
 def _works(logits: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
     return None
 
@@ -51,8 +47,8 @@ class Backend:
         fused: whether the limits of the fused kernels (`why_not_fused`) apply to it.
         checks_labels: whether it looks for bad labels itself while it reads them.
         by_name_on: device types on which it runs only where it is named: an interpreter is for tests.
-        upsamples: (logits, target) -> whether it takes these logits smaller than the target and scales them up itself;
-            else torch does it before.
+        upsamples: (logits, target) -> whether it takes these logits smaller than the target and scales them up itself
+            (None: none of any size); else torch does it before.
         half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
     """
 
@@ -65,7 +61,7 @@ class Backend:
     fused: bool = False
     checks_labels: bool = False
     by_name_on: tuple[str, ...] = ()
-    upsamples: Callable[[Tensor, Tensor], bool] = _takes_full_size
+    upsamples: Callable[[Tensor, Tensor], bool] | None = None
     half_products: bool = False
 
     def refusal(self, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:

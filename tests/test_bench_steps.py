@@ -15,7 +15,7 @@ from semeda_fast import backends, reference
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import networks, oracle, plans, report, steps, tables, worker
-from benchmarks.contenders import contenders
+from benchmarks.contenders import contenders, upsampling
 from benchmarks.plans import Plan
 from benchmarks.runner import Run
 from benchmarks.timing import Budget
@@ -99,6 +99,33 @@ def test_a_wrong_backend_gets_no_time_in_a_step(monkeypatch: pytest.MonkeyPatch)
         )
     assert not any(name.endswith("_cl") for name in records)
     assert tables.overhead(records["off_by_one_percent"], list(records.values())) is None
+
+
+def test_small_logits_are_checked_and_timed_as_the_network_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that scales them up itself; one that does so with other corners is found out."""
+    assert [c.name for c in upsampling().values()] == ["cpu_upsample"] if "cpu" in backends.names() else []
+
+    def aligned(logits: torch.Tensor, target: torch.Tensor, *others: Any) -> Any:
+        size = target.shape[1:]
+        large = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+        return reference.loss_terms(large, target, *others)
+
+    monkeypatch.setattr(backends, "_registry", dict(backends._registry))
+    for name, run in (("right", reference.loss_terms), ("aligned", aligned)):
+        backends.register(backends.Backend(name, run, ("cpu",), upsamples=lambda logits, target: True))
+    case = plans.step_case("segformer_b0", WORKLOAD, 1, Budget(0.0, 3, 3), tiny=True)
+    plan = Plan("step", (case,), compiler="aot_eager")
+    records = {record["contender"]: record for record in worker.run_plan(plan)}
+    wrong = records.pop("aligned_upsample")
+    records.pop("aligned")  # of a size with the labels it has nothing to scale
+    assert wrong["status"] == "wrong"
+    assert {"right_upsample", "ce"} <= set(records)
+    assert {record["status"] for record in records.values()} == {"ok"}
+    assert len(records["right_upsample"]["loss_seconds"]) == 3
+    whole = worker.run_plan(
+        Plan("step", (plans.step_case("upernet_resnet50", WORKLOAD, 1, Budget(0.0, 1, 1), tiny=True),))
+    )
+    assert not any(record["contender"].endswith("_upsample") for record in whole)
 
 
 def test_a_workload_of_another_distance_is_checked_with_it() -> None:
