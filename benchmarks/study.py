@@ -2,6 +2,7 @@
 
     python -m benchmarks.study run --output build/study [--only REGEX] [--seeds 1,2,3] [--jobs 2]
     python -m benchmarks.study collect build/study benchmarks/results/NAME   # study.json, which docs/results.md shows
+    python -m benchmarks.study collect --add build/more benchmarks/results/NAME   # beside the runs that are in it
 
 A run that has its report is not run again, and one that was interrupted goes on, so the study can be stopped at any
 moment. Recipes that begin late start from the cross-entropy run of the same seed, at the epoch where they begin: up to
@@ -123,6 +124,23 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
+def added(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A study with the runs of both; of a run that both have, the new one.
+
+    Raises:
+        ValueError: they were not trained alike.
+    """
+    for key in ("training", "branch_epoch"):
+        if earlier[key] != new[key]:
+            raise ValueError(f"the study to add to was made with {key} {earlier[key]}, this one with {new[key]}")
+
+    def merged(what: str, *key: str) -> list[dict[str, Any]]:
+        found = {tuple(entry[k] for k in key): entry for entry in (*earlier[what], *new[what])}
+        return [found[k] for k in sorted(found)] if what == "runs" else list(found.values())
+
+    return {**new, "gradients": merged("gradients", "recipe", "seed", "when"), "runs": merged("runs", "recipe", "seed")}
+
+
 def _finished(folder: Path) -> Iterator[dict[str, Any]]:
     known = {recipe.name: recipe for recipe in RECIPES}
     for path in sorted(folder.glob("*-s*/report.json")):
@@ -187,12 +205,15 @@ def main(arguments: list[str] | None = None) -> int:
     start.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3, 4])
     start.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (2)")
     gather = commands.add_parser("collect", help="write study.json from the runs' reports and logs")
+    gather.add_argument("--add", action="store_true", help="keep what the study.json there has beside these runs")
     gather.add_argument("runs", type=Path)
     gather.add_argument("output", type=Path)
     options = top.parse_args(arguments)
     try:
         if options.command == "collect":
             found = collect(options.runs)
+            if options.add:
+                found = added(load(options.output / STUDY), found)
             options.output.mkdir(parents=True, exist_ok=True)
             with atomic_path(options.output / STUDY, overwrite=True) as temporary:
                 temporary.write_text(compact(found), encoding="utf-8")

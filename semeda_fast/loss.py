@@ -55,8 +55,8 @@ class SemedaLoss(Float32Buffers):
             label that is no class then makes the loss NaN, it is never read out of bounds).
 
     Shape:
-        logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout; target [N,H,W] integers, or a
-        float distribution [N,C,H,W]; the loss is a 0-d fp32 tensor (fp64 for fp64 logits), or [N,H,W].
+        logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout (with upsample [N,C,h,w]); target
+        [N,H,W] integers, or a float distribution [N,C,H,W]; the loss is a 0-d fp32 tensor (fp64 for fp64 logits), or [N,H,W].
 
     Raises:
         ValueError, TypeError: at construction or at the call, naming what was expected and what came.
@@ -215,7 +215,7 @@ class SemedaLoss(Float32Buffers):
         return (
             f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}, layer_weights={self.layer_weights}, "
             f"distance={self.distance!r}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"mode={self.mode!r}, backend={self.backend!r}"
+            f"mode={self.mode!r}, upsample={self.upsample!r}, backend={self.backend!r}"
         )
 
 

@@ -145,6 +145,23 @@ def test_a_study_is_collected_from_reports_and_logs(collected: Path, capsys: pyt
     assert "no finished run" in capsys.readouterr().err
 
 
+def test_runs_are_added_to_a_study(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "others", "more-s10", 0.7)
+    write_run(tmp_path / "others", "plain-s2", 0.8)
+    call = ["collect", "--add", str(tmp_path / "others"), str(collected / "camvid")]
+    assert study.main(call) == 0
+    found = {
+        (run["recipe"], run["seed"]): run["miou"] for run in study.load(collected / "camvid" / study.STUDY)["runs"]
+    }
+    assert list(found) == [*(("more", seed) for seed in (1, 2, 3, 10)), *(("plain", seed) for seed in (1, 2, 3))]
+    assert (found["more", 10], found["more", 1], found["plain", 2]) == (0.7, 0.52, 0.8)
+    monkeypatch.setattr(study, "BRANCH_EPOCH", 3)
+    assert study.main(call) == 2
+    assert "made with branch_epoch 20, this one with 3" in capsys.readouterr().err
+
+
 def test_the_page_shows_means_and_paired_differences(collected: Path, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     target = tmp_path / "docs" / "results.md"
