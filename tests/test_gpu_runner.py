@@ -307,7 +307,7 @@ def test_a_whole_call_with_a_stand_in_for_the_gpu(monkeypatch: pytest.MonkeyPatc
 def test_gpu_plans_are_of_known_contenders_and_survive_json() -> None:
     plans = gpu_bench.make_plans(4, ("triton",), "scenes")
     assert len({plan.name for plan in plans}) == len(plans)
-    known = {*contenders("cuda"), "fused", "triton"}
+    known = {*contenders("cuda"), "fused", "upsampling", "triton"}
     for plan in plans:
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert plan.device == "cuda"
