@@ -97,8 +97,8 @@ def draw_overhead(grouped: Sequence[Sequence[Record]], title: str, path: Path) -
     for number, name in enumerate(names):
         places, values, errors = [], [], []
         for row, group in enumerate(able):
-            record = next(record for record in group if record["contender"] == name)
-            found = overhead(record, group)
+            record = next((record for record in group if record["contender"] == name), None)  # not of every network
+            found = overhead(record, group) if record else None
             if found is not None:
                 places.append(row + number * height)
                 values.append(100 * found.value)

@@ -56,7 +56,8 @@ class SemedaLoss(Float32Buffers):
 
     Shape:
         logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout (with upsample [N,C,h,w]); target
-        [N,H,W] integers, or a float distribution [N,C,H,W]; the loss is a 0-d fp32 tensor (fp64 for fp64 logits), or [N,H,W].
+        [N,H,W] integers, or a float distribution [N,C,H,W]; the loss is a 0-d fp32 tensor (fp64 for fp64
+        logits), or [N,H,W].
 
     Raises:
         ValueError, TypeError: at construction or at the call, naming what was expected and what came.

@@ -177,6 +177,8 @@ def test_the_report_has_a_table_and_a_plot_of_steps(tmp_path: Path) -> None:
         record("fused", [1.03, 1.13, 0.93], [0.12, 0.13, 0.14], labels=facts),
         record("broken", [], None, status="failed", reason="it fell over", labels=facts),
     ]
+    other = {"group": "h", "network": "upernet_resnet50", "title_network": "UPerNet"}  # without one of the contenders
+    group += [{**entry, **other} for entry in group if entry["contender"] != "fused"]
     run = Run("steps", "run --steps", {}, records=group)
     text = "\n".join(report.step_parts(run, tmp_path))
     assert "**SegFormer-B0**, 3.7 M weights" in text
