@@ -175,6 +175,7 @@ def test_the_report_has_a_table_and_a_plot_of_steps(tmp_path: Path) -> None:
     group = [
         record("ce", [1.0, 1.1, 0.9], [0.1] * 3, labels=facts),
         record("fused", [1.03, 1.13, 0.93], [0.12, 0.13, 0.14], labels=facts),
+        record("reference", [1.5, 1.6, 1.4], [0.6, 0.6, 0.6], labels=facts),
         record("broken", [], None, status="failed", reason="it fell over", labels=facts),
     ]
     other = {"group": "h", "network": "upernet_resnet50", "title_network": "UPerNet"}  # without one of the contenders
