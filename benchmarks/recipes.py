@@ -95,13 +95,6 @@ RECIPES = (
     ),
     _late(
         "wce",
-        "w-l2-plain-equal",
-        "last third, L2, proxy trained on CamVid without noise and temperature, 0.0255",
-        *(*_weight(0.0255), *L2),
-        proxy="camvid-plain",
-    ),
-    _late(
-        "wce",
         "w-l2-no-noise",
         "last third, L2, proxy trained on CamVid without noise, 0.01",
         *(*_weight(0.01), *L2),
@@ -171,7 +164,6 @@ RIVALS = (
     ("w-l2-plain-early", "w-l2-early"),
     ("w-l2-proxy", "w-l2-003"),
     ("w-l2-plain", "w-l2-proxy"),
-    ("w-l2-plain-equal", "w-l2-proxy"),
     ("w-l2-plain", "w-l2-003"),
     ("w-l2-no-noise", "w-l2-proxy"),
     ("w-l2-nearest", "w-l2-plain"),
