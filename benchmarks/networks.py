@@ -101,7 +101,7 @@ def _from_config(model_type: str, **settings: Any) -> nn.Module:
 
 
 def _mobilenet(num_classes: int, size: tuple[int, int], tiny: bool) -> nn.Module:
-    """MobileNetV2 with the DeepLabV3+ head, logits at 1/8; Sandler et al., CVPR 2018."""
+    """MobileNetV2 with the DeepLabV3+ head, logits at 1/32; Sandler et al., CVPR 2018."""
     small = {"depth_multiplier": 0.25} if tiny else {}
     return _from_config("mobilenet_v2", num_labels=num_classes, **small)
 
@@ -154,7 +154,7 @@ NETWORKS = {
         Network("mobilenet_v2", "MobileNetV2-DeepLabV3+", "transformers", _mobilenet),
         Network("segformer_b0", "SegFormer-B0", "transformers", _segformer),
         Network("upernet_resnet50", "UPerNet-ResNet-50", "transformers", _upernet, full_size=True),
-        Network("dpt_small", "DPT-ViT-S", "transformers", _dpt, square=True),
+        Network("dpt_small", "DPT-ViT-S", "transformers", _dpt, square=True, full_size=True),
         Network("deeplab_resnet101", "DeepLabV3-ResNet-101", "torchvision", _deeplab),
     )
 }

@@ -75,8 +75,8 @@ def loss_terms(
     device = logits.device.type
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        by_itself = chosen.upsamples is not None and chosen.upsamples(logits, target)
-        if upsample and logits.shape[2:] != target.shape[-2:] and not by_itself:
+        resized = upsample and logits.shape[2:] != target.shape[-2:]
+        if resized and (chosen.upsamples is None or not chosen.upsamples(logits, target)):
             logits = reference.upsampled(logits, target.shape[-2:])
         if chosen.checks_labels:
             terms = chosen.run(logits, target, valid, class_weight, weights, biases, spec, validate == "auto")

@@ -64,6 +64,7 @@ def test_every_network_gives_logits_of_the_images_size_and_learns(name: str) -> 
     images = torch.randn(2, 3, 64, 64)
     logits = network(images)
     assert logits.shape == (2, 5, 64, 64)
+    assert (network.small(images).shape == logits.shape) == networks.NETWORKS[name].full_size
     logits.square().sum().backward()
     assert sum(p.grad is not None for p in network.parameters()) > 10
     again = networks.build(name, 5, (64, 64), tiny=True)
