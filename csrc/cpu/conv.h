@@ -28,7 +28,7 @@ struct RowRef {
 template <bool RELU>
 inline F load_input(const float* p) {
     const F x = load(p);
-    return RELU ? vmax(set1(0.0f), x) : x;
+    return RELU ? relu(x) : x;
 }
 
 // F(4,3) with the points 0, +-a, +-b and infinity. a = 3/4 and b = 3/2 halve the largest rounding error of
@@ -168,9 +168,10 @@ inline void multiply(const float* u, std::ptrdiff_t u_pitch, int depth, int ksiz
             F x[NV];
             SEMEDA_UNROLL
             for (int v = 0; v < NV; ++v) x[v] = load(u + kx + v * VL);
+            const Factors<MB> weights(w);
             SEMEDA_UNROLL
             for (int b = 0; b < MB; ++b) {
-                const F weight = set1(w[b]);
+                const auto weight = weights[b];
                 SEMEDA_UNROLL
                 for (int v = 0; v < NV; ++v) acc[b][v] = fma(weight, x[v], acc[b][v]);
             }
@@ -227,8 +228,9 @@ inline void multiply_pairs(const float* u, std::ptrdiff_t u_pitch, std::ptrdiff_
         SEMEDA_UNROLL
         for (int x = 0; x < PAIR_COLUMNS; ++x) {
             const F input = load(u + x * u_pitch);
+            const Factors<MB> weights(w + x * MB);
             SEMEDA_UNROLL
-            for (int b = 0; b < MB; ++b) acc[x][b] = fma(set1(w[x * MB + b]), input, acc[x][b]);
+            for (int b = 0; b < MB; ++b) acc[x][b] = fma(weights[b], input, acc[x][b]);
         }
     }
     SEMEDA_UNROLL

@@ -35,14 +35,16 @@ bool processor_has(const Kernels* kernels) {
         return found.avx512f && found.avx512bw && found.avx512vl && found.fma && found.f16c;
     }
     if (!std::strcmp(kernels->name, "avx2")) return found.avx2 && found.fma && found.f16c;
+    if (!std::strcmp(kernels->name, "neon")) return found.neon;
     return true;
 }
 
 const Kernels* const* all_kernels() {
-    static const Kernels* const all[] = {avx512_kernels(), avx2_kernels(), portable_kernels()};
+    static const Kernels* const all[] = {avx512_kernels(), avx2_kernels(), neon_kernels(),
+                                         portable_kernels()};
     return all;
 }
-constexpr int NUM_KERNELS = 3;
+constexpr int NUM_KERNELS = 4;
 
 std::atomic<const Kernels*> chosen{nullptr};
 

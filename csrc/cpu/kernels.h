@@ -10,6 +10,8 @@
 
 #if defined(SEMEDA_AVX512) || defined(SEMEDA_AVX2)
     #include <immintrin.h>
+#elif defined(SEMEDA_NEON)
+    #include <arm_neon.h>
 #endif
 
 // Register blocks are arrays that live in registers only where every loop over them is unrolled early.
