@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 GPU_OUTPUT ?= build/bench/gpu
+ARM64_CXX ?= aarch64-linux-gnu-g++
+ARM64_EMULATOR ?= qemu-aarch64
 # `make test` builds the CUDA kernels for the GPU at hand: each further architecture takes as long again, and without a
 # GPU tests read off what nvcc makes of them, and run their bodies in an emulation.
 GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
@@ -20,7 +22,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test sanitize demo bench bench-steps bench-full gpu lint format clean
+.PHONY: help test sanitize sanitize-arm64 demo bench bench-steps bench-full gpu lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +37,10 @@ test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every tes
 # CXX=clang++ builds with another compiler.
 sanitize: $(VENV)/.stamp-python  ## Run the CPU kernels on odd shapes under the address and undefined-behaviour sanitizers
 	$(if $(filter default,$(origin CXX)),,CXX="$(CXX)") $(BIN)/python csrc/tests/sanitize.py
+
+# Where no such processor is at hand: a cross compiler builds them and QEMU runs them, in about ten minutes.
+sanitize-arm64: $(VENV)/.stamp-python  ## The same shapes on the kernels for arm64, in QEMU (needs g++ for aarch64)
+	CXX="$(ARM64_CXX)" $(BIN)/python csrc/tests/sanitize.py --build build/sanitize-arm64 --emulator "$(ARM64_EMULATOR)"
 
 demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes, print a table, draw a picture
 	$(BIN)/python examples/demo.py \

@@ -53,6 +53,7 @@ INSTRUCTION_SETS = {
         "msvc": ["/arch:AVX512"],
     },
     "csrc/cpu/kernels_avx2.cpp": {"unix": ["-mavx2", "-mfma", "-mf16c"], "msvc": ["/arch:AVX2"]},
+    "csrc/cpu/kernels_neon.cpp": {"unix": [], "msvc": []},  # part of every arm64 target
     "csrc/cpu/kernels_portable.cpp": {"unix": [], "msvc": []},
 }
 NEEDED = {
@@ -170,6 +171,7 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # they take nearly all of the time
             objects = pool.map(lambda source: self.compile_for_instruction_set(ext, source), INSTRUCTION_SETS)
             ext.extra_objects = list(objects)
+        ext.depends = [*ext.depends, *ext.extra_objects]  # or the module would count as up to date without them
         super().build_extension(ext)
 
     def configure_cuda(self, ext: Extension) -> nvcc.Compilation:
@@ -210,10 +212,10 @@ class BuildNative(build_ext):
                     extra_postargs=[*ext.extra_compile_args, *flags],
                 )
                 return compiled
-            except Exception:
+            except Exception as error:
                 if not flags:
                     raise
-                note(f"{source}: this compiler or target does not take {' '.join(flags)}; built without it")
+                note(f"{source}: does not compile with {' '.join(flags)}, so it is built without: {error}")
         raise AssertionError("unreachable")
 
     def handle(self, module: str, error: Exception) -> None:

@@ -87,7 +87,8 @@ def load_seed(
         slope = 2.0 * d if DISTANCE == L2 else tl.minimum(tl.maximum(d, -1.0), 1.0)
     seed = coefficient * slope
     if upstream is not None:
-        seed = seed * tl.load(upstream + row, mask=inside, other=0.0)[:, None]
+        # A seed of 0, as at void pixels, stays 0 even under an infinite gradient.
+        seed = tl.where(seed == 0.0, seed, seed * tl.load(upstream + row, mask=inside, other=0.0)[:, None])
     return seed
 
 

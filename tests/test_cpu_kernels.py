@@ -73,6 +73,7 @@ def test_the_instruction_sets_are_those_of_the_processor() -> None:
     built = module.build_info()["instruction_sets"]
     best = module.instruction_set()
     needs = {"avx512": ("avx512f", "avx512bw", "avx512vl", "fma", "f16c"), "avx2": ("avx2", "fma", "f16c")}
+    needs |= {"neon": ("neon",)}
     expected = [name for name in built if all(found[flag] for flag in needs.get(name, ()))]
     assert built[-1] == "portable"
     assert best == expected[0]

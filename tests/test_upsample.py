@@ -99,7 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @needs_cpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "portable"])
 def test_options_of_the_cpu_kernels(isa: str, name: str, channels_last: bool) -> None:
     if not native_module().use_instruction_set(isa):
         pytest.skip(f"this processor or build has no {isa}")

@@ -30,6 +30,29 @@ def test_void_logits_change_nothing(case: Case, poison: float, reduction: str) -
         assert not loss[target == VOID].any()
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1"])
+def test_what_comes_down_at_void_pixels_changes_nothing(case: Case, distance: str, poison: float) -> None:
+    """A map of pixel weights may hold anything where there is nothing to weigh."""
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(
+        make_proxy(), ignore_index=VOID, reduction="none", distance=distance, lambda_semeda=1.0, backend=case.backend
+    ).to(case.device)
+    weights = torch.rand(target.shape, generator=torch.Generator().manual_seed(3)).to(case.device)
+    void = target == VOID
+
+    def gradient(of_void: float) -> torch.Tensor:
+        x = logits.detach().requires_grad_()
+        criterion(x, target).backward(torch.where(void, of_void, weights))
+        assert x.grad is not None
+        return x.grad
+
+    expected, found = gradient(0.0), gradient(poison)
+    assert void.any()
+    assert expected.any()
+    assert torch.equal(found, expected)
+
+
 def test_void_is_what_the_mask_says(case: Case) -> None:
     """A label map with void equals the same map with those pixels masked out."""
     logits, target = make_inputs(device=case.device)

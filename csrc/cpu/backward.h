@@ -91,8 +91,10 @@ struct Seeds {
             seed = distance == Distance::l2 ? splat(2.0f * coefficient) * d
                                             : splat(coefficient) * vmax(splat(-1.0f), vmin(splat(1.0f), d));
         }
-        if (upstream[r]) seed = seed * load16(upstream[r] + unit * UNIT);
-        return seed;
+        if (!upstream[r]) return seed;
+        // A seed of 0, as at void pixels, stays 0 even under an infinite gradient.
+        const M16 some = greater(vabs(seed), splat(0.0f));
+        return select(some, seed * load16(upstream[r] + unit * UNIT), seed);
     }
 };
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #if defined(_MSC_VER)
@@ -198,8 +199,18 @@ void lay_out_codes(const LossParams& p, Plan& plan) {
 
 namespace {
 
+// Not std::aligned_alloc, which neither Windows nor macOS before 10.15 has.
+void* allocate_aligned(std::size_t bytes) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, LINE);
+#else
+    void* data = nullptr;
+    return posix_memalign(&data, LINE, bytes) == 0 ? data : nullptr;
+#endif
+}
+
 void free_aligned(void* data) {
-#if defined(_MSC_VER)
+#if defined(_WIN32)
     _aligned_free(data);
 #else
     std::free(data);
@@ -216,21 +227,12 @@ float* PlanMemory::floats(std::size_t count) {
         free_aligned(data_);
         data_ = nullptr;
         size_ = 0;
-#if defined(_MSC_VER)
-        data_ = static_cast<float*>(_aligned_malloc(bytes, LINE));
-#else
-        data_ = static_cast<float*>(std::aligned_alloc(LINE, bytes));
-#endif
+        key_.clear();
+        data_ = static_cast<float*>(allocate_aligned(bytes));
         if (!data_) throw std::bad_alloc();
         size_ = bytes;
     }
     return data_;
-}
-
-bool PlanMemory::is_known(const std::vector<char>& key) {
-    if (key == key_) return true;
-    key_ = key;
-    return false;
 }
 
 namespace {
@@ -306,7 +308,9 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
     }
     char* base = reinterpret_cast<char*>(memory.floats(count.used / sizeof(float) + LINE));
     float* packed = reinterpret_cast<float*>(base);
-    const bool known = memory.is_known(key_of(p, kernels));
+    std::vector<char> key = key_of(p, kernels);
+    const bool known = memory.is_known(key);
+    if (!known) memory.remember({});
     const auto pack_next = [&](Conv& conv, int l) {
         if (!known) pack(conv, p.layer[l].weight, backward, packed);
         conv.packed = packed;
@@ -334,6 +338,8 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
             plan.table[l] = table;
         }
     }
+
+    memory.remember(std::move(key));
 
     plan.margin = static_cast<int>(round_up(widest_pad, UNIT));
     // The right margin is read by the last unaligned vector, too. An odd number of cache lines keeps channels

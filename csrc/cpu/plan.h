@@ -117,8 +117,10 @@ class PlanMemory {
     ~PlanMemory();
     // At least `count` floats on a cache line; the same as before, content too, unless it has to grow.
     float* floats(std::size_t count);
-    // Whether the last key was this one, byte for byte; it is remembered from now on.
-    bool is_known(const std::vector<char>& key);
+    // Whether what lies there was made for this key, byte for byte.
+    bool is_known(const std::vector<char>& key) const { return key == key_; }
+    // To be called when all of it is made: an error before must not leave a key without its content.
+    void remember(std::vector<char> key) { key_.swap(key); }
 
   private:
     std::vector<char> key_;
@@ -151,6 +153,7 @@ constexpr int SUM_CE = 0, SUM_CE_WEIGHT = 1, SUM_VALID = 2, SUM_BAD = 3, SUM_LAY
 
 const Kernels* avx512_kernels();  // null where not compiled in
 const Kernels* avx2_kernels();
+const Kernels* neon_kernels();
 const Kernels* portable_kernels();
 
 }  // namespace semeda_fast

@@ -79,6 +79,19 @@ struct AsBf16 {
         const __m512i all = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(all));
     }
+#elif defined(SEMEDA_NEON)
+    static constexpr bool VECTORS = true;
+    static F get_vector(const std::uint16_t* p) {
+        return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))};
+    }
+    static void put_vector(std::uint16_t* p, F a) {  // as float_to_bf16
+        const uint32x4_t pattern = vreinterpretq_u32_f32(a.v), high = vshrq_n_u32(pattern, 16);
+        const uint32x4_t odd = vandq_u32(high, vdupq_n_u32(1));
+        const uint32x4_t half = vaddq_u32(odd, vdupq_n_u32(0x7fff));
+        const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(pattern, half), 16);
+        const uint32x4_t nan = vorrq_u32(high, vdupq_n_u32(0x40));
+        vst1_u16(p, vmovn_u32(vbslq_u32(vceqq_f32(a.v, a.v), rounded, nan)));
+    }
 #else
     static constexpr bool VECTORS = false;
 #endif
@@ -94,12 +107,32 @@ struct AsF16 {
         constexpr int ROUNDING = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, ROUNDING));
     }
+#elif defined(SEMEDA_NEON)
+    static constexpr bool VECTORS = true;
+    static F get_vector(const std::uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+    static void put_vector(std::uint16_t* p, F a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a.v))); }
 #else
     static constexpr bool VECTORS = false;
 #endif
 #if defined(SEMEDA_AVX512) || defined(SEMEDA_AVX2)
-    static float get(std::uint16_t x) { return _cvtsh_ss(x); }
-    static std::uint16_t put(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    // By vectors: MSVC has no _cvtsh_ss and no _cvtss_sh.
+    static float get(std::uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+    static std::uint16_t put(float x) {
+        constexpr int ROUNDING = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return static_cast<std::uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), ROUNDING), 0));
+    }
+#elif defined(SEMEDA_NEON)
+    static float get(std::uint16_t x) {
+        __fp16 half;
+        std::memcpy(&half, &x, sizeof(half));
+        return static_cast<float>(half);
+    }
+    static std::uint16_t put(float x) {
+        const __fp16 half = static_cast<__fp16>(x);
+        std::uint16_t pattern;
+        std::memcpy(&pattern, &half, sizeof(pattern));
+        return pattern;
+    }
 #else
     static float get(std::uint16_t x) { return half_to_float(x); }
     static std::uint16_t put(float x) { return float_to_half(x); }

@@ -1,9 +1,11 @@
 """Build csrc/tests/sanitize.cpp with the CPU kernels under the address and undefined-behaviour sanitizers, and run it.
 
-    python csrc/tests/sanitize.py [--source FOLDER] [--build FOLDER] [PART OF A CASE'S DESCRIPTION]
+    python csrc/tests/sanitize.py [--source FOLDER] [--build FOLDER] [--emulator COMMAND] [PART OF A CASE'S DESCRIPTION]
 
 Flags of the instruction sets are setup.py's; one that the compiler or the target does not take leaves its kernels
-out, as in an install. CXX names the compiler (default g++, else clang++). Needs no torch.
+out, as in an install. CXX names the compiler (default g++, else clang++). Needs no torch. For a processor that is
+not at hand CXX is a cross compiler and --emulator what runs its programs (`make sanitize-arm64`); the address
+sanitizer is left out then, since it does not run in an emulation.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Undefined behaviour traps, which takes half as long to compile as a message; the trap's stack names the line.
-SANITIZE = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZE = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=undefined"]
 SANITIZE += ["-fno-sanitize-recover=all", "-fsanitize-undefined-trap-on-error", "-ffp-contract=fast", "-w"]
+HERE, EMULATED = ["-fsanitize=address"], ["-static"]
 
 
 def instruction_set_flags(setup: Path) -> dict[str, list[str]]:
@@ -33,11 +36,11 @@ def instruction_set_flags(setup: Path) -> dict[str, list[str]]:
     sys.exit(f"{setup} assigns no literal INSTRUCTION_SETS; tell {Path(__file__).name} where the flags are now")
 
 
-def compile_one(compiler: list[str], source: Path, flags: list[str], folder: Path) -> Path:
+def compile_one(command_line: list[str], source: Path, flags: list[str], folder: Path) -> Path:
     """The object file of one source; without `flags` where the compiler or the target refuses them."""
     made = folder / f"{source.stem}.o"
     for extra in (flags, []) if flags else ([],):
-        command = [*compiler, *SANITIZE, *extra, "-fopenmp", "-c", str(source), "-o", str(made)]
+        command = [*command_line, *extra, "-c", str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             print(done.stderr, end="", file=sys.stderr)
@@ -52,10 +55,15 @@ def main() -> None:
     parser.add_argument("part", nargs="?", help="run only the cases whose description holds this")
     parser.add_argument("--source", type=Path, default=ROOT, help="the repository, or a copy with a fault in it")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "sanitize", help="where object files go")
+    parser.add_argument("--emulator", type=shlex.split, default=[], help="runs the program of a cross compiler")
     options = parser.parse_args()
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
     if not compiler[0]:
         sys.exit("make sanitize needs g++ or clang++; install one, or name it with CXX=...")
+    for needed in [compiler[0], *options.emulator[:1]]:
+        if not shutil.which(needed):
+            sys.exit(f"{needed} is not in PATH; install it, or name another by CXX=... and --emulator")
+    compiler += [*SANITIZE, "-fopenmp", *(EMULATED if options.emulator else HERE)]
     options.build.mkdir(parents=True, exist_ok=True)
     flags = instruction_set_flags(options.source / "setup.py")
     # The slowest to compile first, so that two processors end together.
@@ -64,11 +72,11 @@ def main() -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = pool.map(lambda s: compile_one(compiler, s, flags.get(s.name, []), options.build), sources)
         program = options.build / "sanitize"
-        link = [*compiler, *SANITIZE, "-fopenmp", *map(str, objects), "-o", str(program)]
+        link = [*compiler, *map(str, objects), "-o", str(program)]
     subprocess.run(link, check=True)
     environment = {"ASAN_OPTIONS": "handle_sigill=1:detect_stack_use_after_return=1"}
     arguments = [options.part] if options.part else []
-    done = subprocess.run([program, *arguments], env=environment | dict(os.environ))
+    done = subprocess.run([*options.emulator, str(program), *arguments], env=environment | dict(os.environ))
     sys.exit(done.returncode and f"sanitize: the program ended with status {done.returncode}")
 
 
