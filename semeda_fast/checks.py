@@ -46,6 +46,8 @@ def check_options(
         raise ValueError(f"upsample must be None or {', '.join(map(repr, UPSAMPLE))}, got {upsample!r}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {ignore_index}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 

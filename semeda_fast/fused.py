@@ -179,6 +179,13 @@ class FusedOps:
         check_labels: bool,
     ) -> LossTerms:
         """The terms of `reference.loss_terms`, for arguments that passed its checks."""
+        if not torch.compiler.is_compiling() and _has_tangent(logits):
+            raise NotImplementedError(
+                f"the fused backend {self.name!r} has no forward-mode derivative (jvp, jacfwd); use "
+                "SemedaLoss(backend='reference'), which has it"
+            )
+        if target.is_floating_point() and target.dtype not in _TARGETS:
+            target = target.to(torch.float32)  # float8
         save = torch.is_grad_enabled() and logits.requires_grad
         # One flat tensor: an operator with a list of tensors costs half a millisecond more a call.
         parts = [*weights, *biases]
@@ -279,16 +286,26 @@ class FusedOps:
         )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation asks for a derivative along with the value."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+_TARGETS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
 
 
 def _plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nobody would see an operator: then its function is called, which saves the dispatcher's 50 us.
 
-    A tensor of another class may watch operators itself, and need not have an address.
+    A tensor of another class may watch operators itself, and need not have an address; where a sign is still to be
+    turned (`z.conj().imag`), or several gradients lie in one tensor, the dispatcher makes the values first.
     """
     return (
-        all(type(tensor) in _PLAIN for tensor in tensors)
+        all(t is None or (type(t) in _PLAIN and not t.is_neg() and not _is_batched(t)) for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()

@@ -157,6 +157,7 @@ CONFIGURATIONS: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"weight": torch.ones(5).long()}, TypeError, "floating-point"),
     ({"weight": [1, 1, 1, 1, 1]}, TypeError, "tensor"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
+    ({"ignore_index": 2**63}, ValueError, "must fit in 64 bits"),
     ({"label_smoothing": 1.5}, ValueError, r"\[0, 1\], got 1.5"),
     ({"reduction": "average"}, ValueError, "'mean', 'sum', 'none', got 'average'"),
     ({"mode": "multilabel"}, ValueError, "'multiclass', 'binary'"),

@@ -280,6 +280,50 @@ def test_gradients_by_torch_func(case: Case) -> None:
             torch.func.grad(lambda x: gradient(x).square().sum())(logits.detach())
 
 
+def test_forward_mode_is_right_or_an_error(case: Case) -> None:
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    logits, target = make_inputs(device=case.device)
+    _, gradient = value_and_grad(criterion, logits, target)
+    x, direction = logits.detach(), torch.ones_like(logits).cumsum(1)
+
+    def by_hand() -> torch.Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, direction)
+            return torch.autograd.forward_ad.unpack_dual(criterion(dual, target)).tangent
+
+    ways = (lambda: torch.func.jvp(lambda z: criterion(z, target), (x,), (direction,))[1], by_hand)
+    for way in ways:
+        if case.backend == "reference":
+            torch.testing.assert_close(way(), (gradient * direction).sum(), rtol=1e-4, atol=1e-6)
+            continue
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*backend='reference'"):
+            way()
+
+
+def test_logits_whose_sign_is_still_to_be_turned(case: Case) -> None:
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    logits, target = make_inputs(device=case.device)
+    lazy = torch.complex(torch.zeros_like(logits), -logits).detach().conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(criterion(lazy.requires_grad_(), target), criterion(logits, target))
+    upstream = torch.complex(torch.zeros(()), torch.tensor(-0.5)).to(case.device).conj().imag
+    found = torch.autograd.grad(criterion(logits, target), logits, upstream)
+    expected = torch.autograd.grad(criterion(logits, target), logits, torch.full_like(upstream, 0.5))
+    assert torch.equal(found[0], expected[0])
+
+
+def test_several_gradients_at_once(case: Case) -> None:
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, reduction="none", backend=case.backend).to(case.device)
+    logits, target = make_inputs(device=case.device)
+    upstream = torch.rand((3, *target.shape), generator=torch.Generator().manual_seed(3)).to(case.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it goes one by one
+        (found,) = torch.autograd.grad(criterion(logits, target), logits, upstream, is_grads_batched=True)
+    for one, of_one in zip(found, upstream, strict=True):
+        (expected,) = torch.autograd.grad(criterion(logits, target), logits, of_one)
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_two_runs_are_bit_equal(case: Case) -> None:
     logits, target = make_inputs(n=3, h=65, w=67, device=case.device)
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)

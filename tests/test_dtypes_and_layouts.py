@@ -178,3 +178,12 @@ def test_soft_targets_within_the_budget(case: Case) -> None:
     q = torch.softmax(torch.randn(logits.shape), dim=1).to(case.device)
     assert_within_budget(logits, q, make_proxy(), case.backend, valid_mask=target != VOID, label_smoothing=0.1)
     assert q.shape[1] == NUM_CLASSES
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_soft_targets_of_other_widths(case: Case, dtype: torch.dtype) -> None:
+    logits, _ = make_inputs(device=case.device)
+    target = make_inputs(device=case.device, seed=3)[0].detach().softmax(1).to(dtype)
+    criterion = SemedaLoss(make_proxy(), backend=case.backend).to(case.device)
+    same = target.float()
+    torch.testing.assert_close(criterion(logits, target), criterion(logits, same), rtol=1e-5, atol=0)
