@@ -48,6 +48,8 @@ def check_options(
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {ignore_index}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
@@ -74,6 +76,23 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
         raise TypeError(f"weight must be a floating-point tensor of shape [{num_classes}], got {kind}")
     if tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
+
+
+def check_are_tensors(logits: object, target: object, valid_mask: object) -> None:
+    """TypeError for what networks and data loaders give beside tensors, naming the tensor in it."""
+    for name, value in (("logits", logits), ("target", target), ("valid_mask", valid_mask)):
+        if isinstance(value, Tensor) or (name == "valid_mask" and value is None):
+            continue
+        remedy = "pass a torch.Tensor"
+        if type(value).__module__ == "numpy":
+            remedy = f"pass torch.from_numpy({name})"
+        elif isinstance(getattr(value, "logits", None), Tensor):
+            remedy = "pass its .logits"
+        elif isinstance(value, dict) and "out" in value:
+            remedy = "pass its ['out']"
+        elif isinstance(value, (tuple, list)):
+            remedy = f"pass one of its {len(value)} elements"
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; {remedy}")
 
 
 def check_tensors(
@@ -183,6 +202,8 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     hint = (
         "If 255 marks pixels to ignore, pass ignore_index=255"
         if 255 in values.tolist() and spec.ignore_index != 255
+        else "One channel is for mode='binary', which has two classes"
+        if num_classes == 1
         else "Map these pixels to a class or to ignore_index"
     )
     raise ValueError(

@@ -64,7 +64,8 @@ def semeda_loss(
     Args:
         logits: [N,C,H,W] float32, bfloat16, float16 or float64 in any layout ([N,1,H,W] in binary mode); with
             upsample of any other size, too.
-        target: [N,H,W] integer labels, or a float distribution [N,C,H,W].
+        target: [N,H,W] integer labels, or a float distribution [N,C,H,W], in which ignore_index means nothing: pass a
+            valid_mask. In binary mode also [N,1,H,W], floats too, in which ignore_index is void.
         proxy: an EdgeProxy on the logits' device.
         valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index.
 
@@ -80,6 +81,12 @@ def semeda_loss(
         raise TypeError(
             f"semeda_loss expects an EdgeProxy, got {type(proxy).__name__}; "
             "load one with EdgeProxy.load(path) or EdgeProxy.bundled(num_classes)"
+        )
+    checks.check_are_tensors(logits, target, valid_mask)
+    if proxy.lost:
+        raise RuntimeError(
+            "the proxy's weights are gone: it was on the meta device before to_empty(), and checkpoints do not hold "
+            "it; build the SemedaLoss (or the EdgeProxy) again"
         )
     if lambda_semeda is None:
         lambda_semeda = default_lambda(proxy.distance if distance is None else distance)
@@ -97,6 +104,9 @@ def semeda_loss(
     )
     if mode == "binary" and target.dim() == 4 and target.shape[1] == 1 and not target.is_floating_point():
         target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
+    if mode == "binary" and target.is_floating_point() and target.dim() == 4 and target.shape[1] == 1:
+        labelled = target.squeeze(1) != ignore_index  # void as such targets have it, beside probabilities
+        valid_mask = labelled if valid_mask is None else valid_mask & labelled
     chosen = proxy.distance if distance is None else distance
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.

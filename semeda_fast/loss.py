@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends, checks
 from .functional import LossComponents, default_lambda, semeda_loss
@@ -22,8 +23,9 @@ class SemedaLoss(Float32Buffers):
     D_l is the mean distance, over valid pixels, between the proxy's layer-l features of the predicted
     softmax map and of the ground truth, divided by the layer's scale. `semeda_fast.reference` is the definition.
 
-    The module has no parameters and an empty state_dict: no optimizer, checkpoint or DDP wrapper sees the
-    proxy. `.to(device)` moves it, `.half()` and other casts leave it in fp32.
+    The module has no parameters and an empty state_dict: no optimizer or checkpoint sees the proxy, and DDP refuses to
+    wrap it, since there is nothing to synchronise; use it unwrapped. `.to(device)` moves it, `.half()` and other casts
+    leave it in fp32, `to_empty()` leaves its values alone.
 
     Args:
         proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.
@@ -31,14 +33,16 @@ class SemedaLoss(Float32Buffers):
         lambda_ce: weight of cross-entropy.
         lambda_semeda: weight of the SEMEDA term, a number or a tensor of one element. Assign
             `criterion.lambda_semeda` between steps for a schedule; under torch.compile a number recompiles,
-            a tensor changed in place (`criterion.lambda_semeda.fill_(0.3)`) does not. Default: 0.1 for "l1", 0.05
-            for "smooth_l1", 0.03 for "l2", with which the term pulls about as strongly as cross-entropy does
-            in a trained network. docs/results.md says when it helps, and why to begin it after the first epochs
+            a tensor changed in place (`criterion.lambda_semeda.fill_(0.3)`) does not. A learned weight is a tensor made
+            of your parameter, assigned before each step; it gets its gradient. Default: 0.1 for "l1", 0.05 for
+            "smooth_l1", 0.03 for "l2", with which the term pulls about as strongly as cross-entropy does in a
+            trained network. docs/results.md says when it helps, and why to begin it after the first epochs
             (`schedule.ramp`).
         layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
         distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
         weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss; the SEMEDA term is not weighted.
-        ignore_index: the void label. Void pixels are the zero vector in both branches and count nowhere.
+        ignore_index: the void label. Void pixels are the zero vector in both branches and count nowhere. A float
+            distribution [N,C,H,W] has no labels, so there void is what `valid_mask` says alone.
         label_smoothing: of cross-entropy, in [0, 1].
         reduction: "mean" over valid pixels, "sum", or "none": [N,H,W], zero at void pixels.
         mode: "multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.
@@ -71,6 +75,14 @@ class SemedaLoss(Float32Buffers):
     """
 
     weight: Tensor | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lambda_ce", "lambda_semeda") and isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"{name} is an nn.Parameter, and this module holds none; keep it in a module of your "
+                f"own and assign a tensor made of it before each step, such as criterion.{name} = log_weight.exp()"
+            )
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -107,6 +119,11 @@ class SemedaLoss(Float32Buffers):
         )
         backends.check_name(backend)
         self.proxy = _resolve_proxy(proxy, num_classes, mode)
+        if mode == "binary" and self.proxy.num_classes != 2:
+            raise ValueError(
+                f"mode='binary' needs a proxy with 2 classes, got one with {self.proxy.num_classes}; leave num_classes "
+                "out, or give a proxy for 2 classes"
+            )
         checks.check_class_weight(weight, self.proxy.num_classes)
         self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
         for name in ("lambda_ce", "lambda_semeda"):
@@ -162,7 +179,8 @@ class SemedaLoss(Float32Buffers):
         """The loss of `logits` [N,C,H,W] against `target` [N,H,W] (or a float distribution [N,C,H,W]).
 
         Args:
-            valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index.
+            valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index, except for a
+                distribution [N,C,H,W].
             return_components: return a LossComponents (loss, ce, semeda, per_layer, valid_count); all but
                 `loss` are detached, and everything stays on the device.
         """
@@ -227,6 +245,10 @@ def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes
         if num_classes is None:
             raise ValueError("pass num_classes=C for the bundled proxy, or a proxy (an EdgeProxy or its file's path)")
         return EdgeProxy.bundled(num_classes)
+    if isinstance(proxy, int):
+        raise TypeError(f"the first argument is a proxy, got {proxy!r}; write SemedaLoss(num_classes={proxy})")
+    if isinstance(proxy, Tensor):
+        raise TypeError("the first argument is a proxy, got a tensor; class weights are SemedaLoss(..., weight=...)")
     if isinstance(proxy, (str, os.PathLike)):
         proxy = EdgeProxy.load(proxy)
     if not isinstance(proxy, EdgeProxy):

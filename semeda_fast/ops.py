@@ -77,7 +77,9 @@ def loss_terms(
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         resized = upsample and logits.shape[2:] != target.shape[-2:]
         if resized and (chosen.upsamples is None or not chosen.upsamples(logits, target)):
-            logits = reference.upsampled(logits, target.shape[-2:])
+            # Rounded to half precision they would miss the error budget of a backend that multiplies in fp32.
+            exact = logits if chosen.half_products or logits.dtype == torch.float64 else logits.to(torch.float32)
+            logits = reference.upsampled(exact, target.shape[-2:])
         if chosen.checks_labels:
             terms = chosen.run(logits, target, valid, class_weight, weights, biases, spec, validate == "auto")
         else:

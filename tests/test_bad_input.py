@@ -145,6 +145,39 @@ def test_the_frozen_proxy_refuses_a_gradient(case: Case) -> None:
         criterion(logits, target)
 
 
+class _Output(dict):  # type: ignore[type-arg]
+    """What transformers' networks return: a dictionary with attributes."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__(logits=logits)
+        self.logits = logits
+
+
+def test_what_networks_and_loaders_give_beside_tensors(case: Case) -> None:
+    logits, target = make_inputs(void=0.0, device=case.device)
+    criterion = SemedaLoss(make_proxy(), backend=case.backend).to(case.device)
+    wrong = {
+        r"logits must be a tensor, got _Output; pass its \.logits": (_Output(logits), target, None),
+        r"logits must be a tensor, got dict; pass its \['out'\]": ({"out": logits}, target, None),
+        "logits must be a tensor, got tuple; pass one of its 2 elements": ((logits, logits), target, None),
+        r"logits must be a tensor, got ndarray; .*from_numpy\(logits\)": (np.zeros((2, 5, 13, 17)), target, None),
+        r"target must be a tensor, got ndarray; .*from_numpy\(target\)": (logits, np.zeros((2, 13, 17)), None),
+        r"valid_mask must be a tensor, got ndarray": (logits, target, np.ones((2, 13, 17), bool)),
+        "target must be a tensor, got NoneType": (logits, None, None),
+    }
+    for pattern, (x, y, mask) in wrong.items():
+        with pytest.raises(TypeError, match=pattern):
+            criterion(x, y, valid_mask=mask)
+
+
+def test_one_class_is_a_case_for_binary_mode(case: Case) -> None:
+    if case.device != "cpu":
+        pytest.skip("a device-side assert would end the use of the device in this process")
+    logits, target = make_inputs(c=1, num_labels=2, void=0.0)
+    with pytest.raises(ValueError, match="mode='binary'"):
+        SemedaLoss(make_proxy(1), backend=case.backend)(logits, target)
+
+
 CONFIGURATIONS: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"lambda_ce": -1.0}, ValueError, "lambda_ce must be finite and not negative, got -1.0"),
     ({"lambda_semeda": float("inf")}, ValueError, "lambda_semeda must be finite"),
@@ -159,6 +192,10 @@ CONFIGURATIONS: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
     ({"ignore_index": 2**63}, ValueError, "must fit in 64 bits"),
     ({"label_smoothing": 1.5}, ValueError, r"\[0, 1\], got 1.5"),
+    ({"label_smoothing": None}, TypeError, "must be a number"),
+    ({"layer_weights": 1.0}, TypeError, "one number a layer, 3 in all, got 1.0"),
+    ({"lambda_semeda": torch.nn.Parameter(torch.ones(()))}, TypeError, r"holds none.*criterion.lambda_semeda ="),
+    ({"mode": "binary"}, ValueError, "2 classes, got one with 5; leave num_classes out"),
     ({"reduction": "average"}, ValueError, "'mean', 'sum', 'none', got 'average'"),
     ({"mode": "multilabel"}, ValueError, "'multiclass', 'binary'"),
     ({"empty": "one"}, ValueError, "'zero', 'nan'"),
@@ -181,6 +218,9 @@ def test_configuration(options: dict[str, object], error: type[Exception], patte
         (lambda: SemedaLoss(num_classes=0), ValueError, "1 to 256"),
         (lambda: SemedaLoss(num_classes=257), ValueError, "train one"),
         (lambda: SemedaLoss(torch.nn.Conv2d(3, 2, 3)), TypeError, "from_sequential"),
+        (lambda: SemedaLoss(21), TypeError, r"SemedaLoss\(num_classes=21\)"),  # type: ignore[arg-type]
+        (lambda: SemedaLoss(torch.ones(21)), TypeError, "weight="),  # type: ignore[arg-type]
+        (lambda: SemedaLoss(num_classes=1, mode="binary"), ValueError, "2 classes, got one with 1"),
         (lambda: SemedaLoss("missing.safetensors"), FileNotFoundError, "missing.safetensors"),
         (lambda: semeda_loss(*make_inputs(), "proxy.safetensors"), TypeError, "EdgeProxy.load"),  # type: ignore[arg-type]
         (lambda: EdgeProxy.bundled("21"), TypeError, "must be an int"),  # type: ignore[arg-type]

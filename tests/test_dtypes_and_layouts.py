@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Case
-from helpers import NUM_CLASSES, VOID, assert_within_budget, make_inputs, make_proxy, value_and_grad
+from helpers import NUM_CLASSES, VOID, assert_within_budget, make_inputs, make_proxy, relative_error, value_and_grad
 
 from semeda_fast import SemedaLoss
 
@@ -187,3 +187,18 @@ def test_soft_targets_of_other_widths(case: Case, dtype: torch.dtype) -> None:
     criterion = SemedaLoss(make_proxy(), backend=case.backend).to(case.device)
     same = target.float()
     torch.testing.assert_close(criterion(logits, target), criterion(logits, same), rtol=1e-5, atol=0)
+
+
+def test_void_in_one_channel_targets_of_floats(case: Case) -> None:
+    """As pipelines for BCEWithLogitsLoss have it: 0.0, 1.0 and 255.0."""
+    logits, target = make_inputs(c=1, num_labels=2, device=case.device)
+    criterion = SemedaLoss(make_proxy(2), mode="binary", ignore_index=VOID, backend=case.backend).to(case.device)
+    expected, gradient = value_and_grad(criterion, logits, target)
+    floats = target.unsqueeze(1).float()
+    found, found_gradient = value_and_grad(criterion, logits, floats)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert relative_error(found_gradient, gradient) < 1e-3  # a few signs at rounding level
+    rows = torch.zeros_like(target, dtype=torch.bool)
+    rows[:, 2:9] = True
+    masked = criterion(logits, floats, valid_mask=rows)
+    torch.testing.assert_close(masked, criterion(logits, target, valid_mask=rows), rtol=1e-5, atol=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from semeda_fast import EdgeProxy
+from semeda_fast import EdgeProxy, SemedaLoss
 from semeda_fast.proxy.network import ProxyLayer, why_not_fused
 
 
@@ -445,8 +445,28 @@ def test_moves_between_devices_pass_with_and_without_a_cast() -> None:
     proxy = random_proxy(STACKS["default"])
     for moved in (copy.deepcopy(proxy).to("meta"), copy.deepcopy(proxy).to("meta", torch.float16)):
         assert all(tensor.device.type == "meta" and tensor.dtype == torch.float32 for tensor in everything(moved))
-    empty = copy.deepcopy(proxy).to_empty(device="cpu")
-    assert [tensor.shape for tensor in everything(empty)] == [tensor.shape for tensor in everything(proxy)]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside a model"])
+def test_to_empty_leaves_the_values_alone(inside: bool) -> None:
+    """No checkpoint holds them, so what is materialised from the meta device would never get them back."""
+    proxy = random_proxy(STACKS["default"])
+    before = [tensor.clone() for tensor in everything(proxy)]
+    with torch.device("meta"):
+        holder = nn.Sequential(nn.Linear(2, 2), proxy) if inside else proxy
+    holder.to_empty(device="cpu")
+    for now, then in zip(everything(proxy), before, strict=True):
+        assert torch.equal(now, then)
+    assert not proxy.lost
+
+
+def test_a_proxy_that_lost_its_values_says_so() -> None:
+    criterion = SemedaLoss(random_proxy(STACKS["default"]))
+    assert torch.isfinite(criterion(torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8)))
+    criterion.to("meta").to_empty(device="cpu")
+    assert criterion.proxy.lost
+    with pytest.raises(RuntimeError, match="on the meta device before to_empty"):
+        criterion(torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8))
 
 
 def test_train_eval_and_requires_grad_change_nothing() -> None:

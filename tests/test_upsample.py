@@ -13,7 +13,7 @@ from cpu_budget import Judge, loss_and_grad
 from helpers import NUM_CLASSES, VOID, assert_within_budget, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 
-from semeda_fast import SemedaLoss, backends, reference
+from semeda_fast import EdgeProxy, SemedaLoss, backends, reference
 from semeda_fast.native import native_info, native_module
 
 needs_cpu = pytest.mark.skipif(
@@ -70,6 +70,26 @@ def test_scaled_up_within_the_budget(case: Case, dtype: torch.dtype, layout: str
         torch.testing.assert_close(ours[0], loss.detach(), rtol=0, atol=0)
         return
     assert_within_budget(logits, target, proxy, case.backend, **options)
+
+
+@needs_cpu
+@pytest.mark.parametrize("distance", ["l1", "l2", "smooth_l1"])
+@pytest.mark.parametrize(
+    ("dtype", "small", "large"),
+    [
+        (torch.float16, (16, 20), (30, 38)),
+        (torch.bfloat16, (16, 20), (30, 38)),
+        (torch.bfloat16, (20, 16), (16, 12)),
+        (torch.float16, (8, 8), (32, 32)),
+    ],
+)
+def test_half_precision_with_the_bundled_proxy(
+    dtype: torch.dtype, small: tuple[int, int], large: tuple[int, int], distance: str
+) -> None:
+    """Also where torch scales first: large logits rounded to half precision would cost four times the error."""
+    logits, target = make_small(small, large, c=21, dtype=dtype)
+    options: dict[str, Any] = {"ignore_index": VOID, "upsample": "bilinear", "distance": distance}
+    assert_within_budget(logits, target, EdgeProxy.bundled(21), "cpu", **options)
 
 
 def test_the_definition_is_torchs_interpolate() -> None:

@@ -52,17 +52,29 @@ class ProxyLayer:
 
 
 class Float32Buffers(nn.Module):
-    """A module whose floating-point buffers follow a move to a device but keep their dtype."""
+    """A module whose floating-point buffers follow a move to a device but keep their dtype and their values.
+
+    Attributes:
+        lost: whether the values are gone, since they were on the meta device before `to_empty`.
+    """
+
+    lost = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: b.dtype for name, b in self._buffers.items() if b is not None}
         originals = {name: b for name, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
-        for name, dtype in kept.items():
+        for name, original in originals.items():
             moved = self._buffers[name]
-            if moved is not None and moved.dtype != dtype:
+            if moved is None or moved is original:
+                continue
+            if original.is_meta and not moved.is_meta:
+                self.lost = True
+            elif moved.dtype != original.dtype:
                 # From the original: casting the cast tensor back would keep its rounding.
-                self._buffers[name] = originals[name].to(device=moved.device)
+                self._buffers[name] = original.to(device=moved.device)
+            elif not moved.is_meta:
+                with torch.no_grad():
+                    moved.copy_(original)  # to_empty gave fresh memory, and no checkpoint holds these values
         return self
 
 
@@ -371,6 +383,8 @@ def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) 
     """The layer weights as floats, all 1 by default; ValueError if they are not one finite number >= 0 a layer."""
     if layer_weights is None:
         return (1.0,) * num_layers
+    if isinstance(layer_weights, (int, float, str)):
+        raise TypeError(f"layer_weights must hold one number a layer, {num_layers} in all, got {layer_weights!r}")
     values = tuple(float(w) for w in layer_weights)
     if len(values) != num_layers:
         raise ValueError(
