@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from semeda_fast.schedule import ramp
+
 # What may differ between the first start and --resume, because it changes no result.
 FREE = {
     *("class_names", "workers", "cache", "output", "resume", "pictures", "traceback"),
@@ -82,6 +84,10 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
         parser.error("--branch goes on with a run and --weights starts a new one: give one of them")
     if args.class_names is not None and len(args.class_names) != args.num_classes:
         parser.error(f"--class-names has {len(args.class_names)} names for --num-classes {args.num_classes}")
+    try:
+        ramp(0.0, args.semeda_start, args.semeda_ramp, args.semeda_power)
+    except ValueError as error:
+        parser.error(f"--semeda-start, --semeda-ramp, --semeda-power: {error}")
     return args
 
 

@@ -69,15 +69,13 @@ class RunFolder:
 
     def load_checkpoint(self, branch: Path | None = None) -> dict[str, Any] | None:
         """The last checkpoint, else that of another run, `branch`, or None."""
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
-            if branch is None:
-                return None
-            path = branch
-        return self.read_checkpoint(path)
+        own = self.folder / "checkpoint.pt"
+        if own.is_file():
+            return self.read_checkpoint(own, "remove that file to start from the beginning")
+        return None if branch is None else self.read_checkpoint(branch)
 
     @staticmethod
-    def read_checkpoint(path: Path) -> dict[str, Any]:
+    def read_checkpoint(path: Path, remedy: str = "give a checkpoint.pt that it has written") -> dict[str, Any]:
         """Tensors and plain values of a checkpoint, no code.
 
         Raises:
@@ -89,10 +87,7 @@ class RunFolder:
                 raise ValueError(f"its format is {state['format']!r}")
         except Exception as error:  # torch.load raises many kinds
             reason = str(error).strip().partition("\n")[0]
-            raise InputError(
-                f"{path} is not a readable checkpoint of this script ({reason}); "
-                "remove that file to start from the beginning"
-            ) from error
+            raise InputError(f"{path} is not a readable checkpoint of this script ({reason}); {remedy}") from error
         return state
 
     def start(self, epoch: int, step: int) -> None:

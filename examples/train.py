@@ -82,6 +82,8 @@ def train(args: argparse.Namespace) -> int:
     plain_network = accelerator.unwrap_model(network)
 
     checkpoint = run.load_checkpoint(args.branch)
+    new = checkpoint is None and args.weights is not None
+    trained = run.read_checkpoint(args.weights)["network"] if new else None
     first_epoch, first_step = 0, 0  # where to go on: an epoch, and steps done in it
     if checkpoint is not None:
         plain_network.load_state_dict(checkpoint["network"])
@@ -92,6 +94,8 @@ def train(args: argparse.Namespace) -> int:
         if len(checkpoint["rng"]) == accelerator.num_processes:
             set_rng_state(checkpoint["rng"][accelerator.process_index])
         first_epoch, first_step = checkpoint["epoch"], checkpoint["step_in_epoch"]
+    elif trained is not None:
+        plain_network.load_state_dict(trained)
     step = first_epoch * steps_per_epoch + first_step
 
     def save(epoch: int, step_in_epoch: int, name: str = "checkpoint.pt") -> None:
@@ -112,8 +116,7 @@ def train(args: argparse.Namespace) -> int:
         run.start(first_epoch, step)
     if checkpoint is not None:
         accelerator.print(f"Resuming {args.output} after step {step} of {total_steps}.")
-    elif args.weights is not None:
-        plain_network.load_state_dict(run.read_checkpoint(args.weights)["network"])
+    elif trained is not None:
         accelerator.print(f"The network of {args.weights} is trained further.")
     elif args.resume:
         accelerator.print(f"There is no checkpoint in {args.output} yet: starting from the beginning.")

@@ -180,10 +180,7 @@ class FusedOps:
     ) -> LossTerms:
         """The terms of `reference.loss_terms`, for arguments that passed its checks."""
         if not torch.compiler.is_compiling() and _has_tangent(logits):
-            raise NotImplementedError(
-                f"the fused backend {self.name!r} has no forward-mode derivative (jvp, jacfwd); use "
-                "SemedaLoss(backend='reference'), which has it"
-            )
+            self._no_forward_mode()
         if target.is_floating_point() and target.dtype not in _TARGETS:
             target = target.to(torch.float32)  # float8
         save = torch.is_grad_enabled() and logits.requires_grad
@@ -196,10 +193,11 @@ class FusedOps:
         if flat.dtype != torch.float32:
             flat = flat.to(torch.float32)
         inputs = (logits, target, valid, class_weight, flat, config_text(weights, spec, check_labels), save)
+        if save and (torch._C._are_functorch_transforms_active() or _is_wrapped(logits)):
+            return LossTerms(*_Functional.apply(self, *inputs)[:5])
         if not save or torch.compiler.is_compiling():
             return LossTerms(*self._forward_op(*inputs)[:5])
-        function = _Functional if torch._C._are_functorch_transforms_active() else _Eager
-        return LossTerms(*function.apply(self, *inputs)[:5])
+        return LossTerms(*_Eager.apply(self, *inputs)[:5])
 
     def outputs(self, logits: Tensor, target: Tensor, config: FusedConfig, save: bool) -> Outputs:
         """Fresh memory for everything that forward returns."""
@@ -279,6 +277,12 @@ class FusedOps:
             d_logits = _FunctionalBackward.apply(self, *inputs)
         return d_logits, None, None, None, None, None, None
 
+    def _no_forward_mode(self) -> None:
+        raise NotImplementedError(
+            f"the fused backend {self.name!r} has no forward-mode derivative (jvp, jacfwd, hessian); use "
+            "SemedaLoss(backend='reference'), which has it"
+        )
+
     def _no_second_derivative(self, ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             f"the fused backend {self.name!r} has no second derivative; use SemedaLoss(backend='reference'), "
@@ -295,6 +299,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 _TARGETS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also while the compiler looks at a transform
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
 
 
@@ -332,6 +337,8 @@ class _Eager(torch.autograd.Function):
 class _Functional(_Eager):
     """The same in the form that torch.func asks for, which binds its arguments anew in each call."""
 
+    generate_vmap_rule = True  # the operators have none of their own: vmap calls them one by one
+
     @staticmethod
     def forward(operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         output: tuple[Tensor, ...] = operators._forward_op(*inputs)
@@ -342,9 +349,15 @@ class _Functional(_Eager):
         _setup_context(ctx, inputs[1:], output)
         ctx.operators = inputs[0]
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        ctx.operators._no_forward_mode()
+
 
 class _FunctionalBackward(torch.autograd.Function):
     """The gradient under torch.func, which always asks for one that could be differentiated again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(operators: FusedOps, *inputs: Any) -> Tensor:
@@ -354,6 +367,10 @@ class _FunctionalBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.operators = inputs[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        ctx.operators._no_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:

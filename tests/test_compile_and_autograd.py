@@ -280,6 +280,28 @@ def test_gradients_by_torch_func(case: Case) -> None:
             torch.func.grad(lambda x: gradient(x).square().sum())(logits.detach())
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_gradients_by_torch_func(case: Case) -> None:
+    """vmap over the gradients of single images, and jacrev; the operators are called one by one."""
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    logits, target = make_inputs(device=case.device)
+    x = logits.detach()
+
+    def of_image(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.func.grad(lambda one: criterion(one[None], y[None]))(z)
+        return found
+
+    found = torch.func.vmap(of_image)(x, target)
+    for number in range(len(x)):
+        torch.testing.assert_close(found[number], of_image(x[number], target[number]), rtol=1e-4, atol=1e-6)
+    _, expected = value_and_grad(criterion, logits, target)
+    jacobian = torch.func.jacrev(lambda z: criterion(z, target))(x)
+    torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-6)
+    if case.backend != "reference":
+        with pytest.raises(NotImplementedError, match=r"hessian.*backend='reference'"):
+            torch.func.hessian(lambda z: criterion(z, target))(x)
+
+
 def test_forward_mode_is_right_or_an_error(case: Case) -> None:
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
     logits, target = make_inputs(device=case.device)

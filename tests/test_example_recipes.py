@@ -87,7 +87,12 @@ def test_a_trained_network_is_trained_further_by_a_new_run(
 
     missing = ["--weights", str(tmp_path / "none.pt")]
     assert train.main(arguments(scenes, tmp_path / "out", *missing)) == 2
-    assert "none.pt is not a readable checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "none.pt is not a readable checkpoint" in said
+    assert "remove" not in said  # somebody else's file
+    assert not (tmp_path / "out").exists()  # so that the next try needs no --resume
+    assert train.main(arguments(scenes, tmp_path / "more", "--weights", "gone.pt", "--resume", loss="ce")) == 2
+    assert "cannot resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options.parse_args(arguments(scenes, tmp_path / "out", *kept, "--branch", kept[1]), "")
     assert "give one of them" in capsys.readouterr().err
@@ -134,3 +139,13 @@ def test_widths_stop_growing_at_sixteen_times() -> None:
 
 
 assert EPOCHS == 3  # what the branches above count on
+
+
+@pytest.mark.parametrize("wrong", [("--semeda-power", "0"), ("--semeda-ramp", "-1"), ("--semeda-start", "nan")])
+def test_a_ramp_that_is_none_is_refused_before_anything_is_written(
+    scenes: Path, tmp_path: Path, wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(arguments(scenes, tmp_path / "out", *wrong))
+    assert "ramp expects" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

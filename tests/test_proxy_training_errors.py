@@ -15,6 +15,7 @@ from training_fixtures import TINY, Items, scenes, write_folder
 
 from semeda_fast import train_proxy
 from semeda_fast.errors import MaskFileError
+from semeda_fast.proxy import training
 
 # --- errors -----------------------------------------------------------------------------------------------
 
@@ -130,6 +131,17 @@ def test_a_missing_an_empty_and_a_broken_folder_are_named(tmp_path: Path) -> Non
     Image.fromarray(np.full((16, 16), 9, np.uint8)).save(image)
     with pytest.raises(MaskFileError, match=r"001\.png .*9"):
         train_proxy(folder, 4, val_fraction=0, **{**TINY, "steps": 20})
+
+
+def test_validation_masks_are_read_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are used last, and what was trained until then would be lost."""
+    monkeypatch.setattr(training, "one_cycle", lambda progress: pytest.fail("it trained first"))
+    bad = scenes(3)
+    bad[2, 4, 4] = 9
+    with pytest.raises(ValueError, match="mask 2 holds labels from 0 to 9"):
+        train_proxy(scenes(3), 4, val_masks=bad, **TINY)
+    with pytest.raises(ValueError, match=r"mask \d holds labels from 0 to 9"):
+        train_proxy(torch.stack([bad[2]] * 3), 4, **TINY)
 
 
 class Without:

@@ -307,7 +307,7 @@ def _colour_refusal(image: Any, path: Path) -> str:
             return text + "Its channels are equal: save one of them as an 8-bit grey PNG"
     return text + (
         "Convert colour-coded masks to label indices first (one index for each colour), and check that this "
-        'is not the folder of the images; pattern="..." takes some files of a folder only'
+        'is not the folder of the images; in Python MaskFolder(..., pattern="...") takes some files of a folder only'
     )
 
 

@@ -141,6 +141,8 @@ def train_proxy(
     generator = torch.Generator(accelerator.device).manual_seed(seed * 1_000_003 + accelerator.process_index)
     dealer = torch.Generator().manual_seed(seed)  # deals the same columns in every process
 
+    for index in range(len(val)):  # type: ignore[arg-type]
+        val[index]  # they are judged by last: a bad one is to be found before the training
     started = time.perf_counter()
     edge_pixels = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     bar = tqdm(loader, total=steps, desc="train proxy", disable=not (progress and accelerator.is_main_process))
