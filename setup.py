@@ -54,7 +54,9 @@ INSTRUCTION_SETS = {
     },
     "csrc/cpu/kernels_avx2.cpp": {"unix": ["-mavx2", "-mfma", "-mf16c"], "msvc": ["/arch:AVX2"]},
     "csrc/cpu/kernels_neon.cpp": {"unix": [], "msvc": []},  # part of every arm64 target
-    "csrc/cpu/kernels_portable.cpp": {"unix": [], "msvc": []},
+    # Where the target has fused products, a compiler makes them in one instance of a template and not in another, and
+    # a loss without a gradient would differ in a bit from the same with one.
+    "csrc/cpu/kernels_portable.cpp": {"unix": ["-ffp-contract=off"], "msvc": []},
 }
 NEEDED = {
     CPU_MODULE: "It needs a C++17 compiler (the variables CC and CXX name one) and pybind11",
