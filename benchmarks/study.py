@@ -134,11 +134,13 @@ def added(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if earlier[key] != new[key]:
             raise ValueError(f"the study to add to was made with {key} {earlier[key]}, this one with {new[key]}")
 
-    def merged(what: str, *key: str) -> list[dict[str, Any]]:
-        found = {tuple(entry[k] for k in key): entry for entry in (*earlier[what], *new[what])}
-        return [found[k] for k in sorted(found)] if what == "runs" else list(found.values())
-
-    return {**new, "gradients": merged("gradients", "recipe", "seed", "when"), "runs": merged("runs", "recipe", "seed")}
+    runs = {(run["recipe"], run["seed"]): run for run in (*earlier["runs"], *new["runs"])}
+    gradients: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in (*earlier["gradients"], *new["gradients"]):
+        of = entry["recipe"], entry["when"]
+        if of not in gradients or entry["seed"] <= gradients[of]["seed"]:  # of the first seed, as `_gradients` has it
+            gradients[of] = entry
+    return {**new, "gradients": list(gradients.values()), "runs": [runs[key] for key in sorted(runs)]}
 
 
 def _finished(folder: Path) -> Iterator[dict[str, Any]]:

@@ -162,6 +162,18 @@ def test_runs_are_added_to_a_study(
     assert "made with branch_epoch 20, this one with 3" in capsys.readouterr().err
 
 
+def test_gradients_of_an_added_study_are_those_of_the_first_seed() -> None:
+    def of(*entries: tuple[str, int, str, int]) -> dict[str, Any]:
+        keys = ("recipe", "seed", "when", "value")
+        gradients = [dict(zip(keys, entry, strict=True)) for entry in entries]
+        return {"training": [], "branch_epoch": 20, "runs": [], "gradients": gradients}
+
+    earlier = of(("ce", 1, "trained", 1), ("wce", 3, "trained", 2), ("wce", 3, "untrained", 3))
+    new = of(("wce", 2, "trained", 4), ("wce", 7, "untrained", 5), ("ce", 1, "trained", 6))
+    found = {(g["recipe"], g["when"]): (g["seed"], g["value"]) for g in study.added(earlier, new)["gradients"]}
+    assert found == {("ce", "trained"): (1, 6), ("wce", "trained"): (2, 4), ("wce", "untrained"): (3, 3)}
+
+
 def test_the_page_shows_means_and_paired_differences(collected: Path, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     target = tmp_path / "docs" / "results.md"
