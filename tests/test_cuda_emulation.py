@@ -79,6 +79,20 @@ def test_product_of_tf32_refuses_what_tf32_does_not_hold() -> None:
     assert call("multiply_tf32", sums, a, b) == 0
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("terms", "end"),
+    [([0.75], 0), ([0.75] * 4, 3), ([-0.25], -0.5)],  # of 2^-23, the last bit of numbers from 1 to 2
+)
+def test_sums_of_products_are_cut_off_toward_zero(terms: list[float], end: float, sign: int) -> None:
+    """Terms are added up as they are and the sum is cut off once: not to nearest, and not term by term."""
+    sums, a = np.full((4, 32), sign, np.float32), np.zeros((4, 32), np.float32)
+    for k, term in enumerate(terms):
+        a[:2, k == THREAD] = sign * term * 2.0**-23
+    call("multiply_tf32", sums, a, np.ones((2, 32), np.float32))
+    np.testing.assert_array_equal(sums, np.full_like(sums, sign * (1 + end * 2.0**-23)))
+
+
 def test_products_keep_infinity_and_nan() -> None:
     a, b = np.zeros((8, 32), np.float16), np.zeros((4, 32), np.float16)
     a[0, 0], a[2, 4] = np.inf, np.nan  # rows 0 and 9

@@ -28,7 +28,7 @@ from cuda_machine import DEVICES, forward_alone, get_number, last_launch, least_
 from helpers import VOID, assert_within_budget, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, backends
+from semeda_fast import EdgeProxy, SemedaLoss, backends
 
 pytestmark = [
     pytest.mark.skipif(
@@ -378,3 +378,19 @@ def test_the_loss_keeps_the_error_budget_on_other_tiles(dtype: torch.dtype, name
         assert_within_budget(
             logits, target, make_proxy(widths=widths, edge_classes=edge_classes), "cuda", ignore_index=VOID
         )
+
+
+@needs_backend
+@pytest.mark.parametrize(("classes", "size"), [(21, 65), (150, 33), (256, 33)])
+def test_an_fp32_loss_does_not_shrink_with_the_number_of_products(classes: int, size: int) -> None:
+    """Tensor cores cut sums off toward zero: in one sum of all products each |d| would lose some 1e-6 of itself."""
+    logits, target = make_inputs(1, classes, size, size)
+    sharp = (3 * logits.detach()).requires_grad_()
+    proxy = EdgeProxy.bundled(classes)
+
+    def loss(backend: str, x: Tensor) -> float:
+        criterion = SemedaLoss(proxy, lambda_ce=0.0, lambda_semeda=1.0, ignore_index=VOID, backend=backend)
+        return float(criterion(x, target).detach())
+
+    exact = loss("reference", sharp.double())
+    assert abs(loss("cuda", sharp) - exact) <= 5e-7 * exact

@@ -87,7 +87,7 @@ DEVICE void convolve(Warp warp, Sums<R, NT>& sums, const Input& input, const Wei
                 typename M::Right b;
                 load_weights<M, NT, GLOBAL>(warp, b, weights, dy * PRODUCTS + q, first + j, all);
 #pragma unroll
-                for (int r = 0; r < R; ++r) M::multiply(sums.at[r][j], a[r + dy], b);
+                for (int r = 0; r < R; ++r) M::multiply(warp, sums.at[r][j], a[r + dy], b);
             }
         }
     }

@@ -37,8 +37,9 @@ constexpr int packed_words(int in, int out, int per_piece) {
 }
 
 // Sums of 16 pixels x 8 channels that a warp keeps in registers at once, and as many again for the target's
-// branch. Two blocks on a multiprocessor leave 128 registers a thread, one leaves 255.
-constexpr int unit_sums(int min_blocks) { return min_blocks > 1 ? 8 : 12; }
+// branch. Two blocks on a multiprocessor leave 128 registers a thread, one leaves 255, of which products of
+// fp32 take some for themselves.
+constexpr int unit_sums(int min_blocks, bool half) { return !half ? 10 : min_blocks > 1 ? 8 : 12; }
 
 // Rows of 16 pixels of a warp's unit of work, for so many tiles of 8 output channels: two at least, since
 // each row of pixels is loaded for three rows of the kernel.

@@ -35,7 +35,7 @@ struct Half {
     };
     static DEVICE void prepare(Warp, Left&) {}
     static DEVICE void prepare(Warp, Right&) {}
-    static DEVICE void multiply(Lanes<float> (&c)[4], const Left& a, const Right& b) {
+    static DEVICE void multiply(Warp, Lanes<float> (&c)[4], const Left& a, const Right& b) {
         multiply_f16(c, a.r, b.r);
     }
 
@@ -84,10 +84,17 @@ struct Tf32x3 {
     };
     static DEVICE void prepare(Warp warp, Left& a) { split<4>(warp, a.r, a.low); }
     static DEVICE void prepare(Warp warp, Right& b) { split<2>(warp, b.r, b.low); }
-    static DEVICE void multiply(Lanes<float> (&c)[4], const Left& a, const Right& b) {
-        multiply_tf32(c, a.low, b.r);
-        multiply_tf32(c, a.r, b.low);
-        multiply_tf32(c, a.r, b.r);
+    // A product's sum is cut off toward zero: over a layer's hundreds of products that would shrink every
+    // sum, so each adds up from zero, and c rounds to nearest.
+    static DEVICE void multiply(Warp warp, Lanes<float> (&c)[4], const Left& a, const Right& b) {
+        Lanes<float> part[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) for_lanes(warp, [&](int lane) { part[i][lane] = 0; });
+        multiply_tf32(part, a.low, b.r);
+        multiply_tf32(part, a.r, b.low);
+        multiply_tf32(part, a.r, b.r);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) for_lanes(warp, [&](int lane) { c[i][lane] += part[i][lane]; });
     }
     template <int PIECES>
     static DEVICE int channel_offset(int column, int channel) {

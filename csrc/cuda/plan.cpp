@@ -56,7 +56,9 @@ struct Shape {
 
 int round_up(int bytes) { return divide_up(bytes, PIECE) * PIECE; }
 
-int unit_rows_of(const Shape& s, int out_tiles) { return unit_rows(out_tiles, unit_sums(s.min_blocks())); }
+int unit_rows_of(const Shape& s, int out_tiles) {
+    return unit_rows(out_tiles, unit_sums(s.min_blocks(), s.half));
+}
 
 struct Candidate {
     Tiling tiling;

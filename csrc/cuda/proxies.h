@@ -18,7 +18,7 @@ struct Proxy {
     }
     template <class M>
     static constexpr int sums() {
-        return unit_sums(min_blocks<M>());
+        return unit_sums(min_blocks<M>(), M::CHANNELS == HALF_CHANNELS);
     }
     static constexpr int channels(int layer) { return CHANNELS[layer]; }
 };

@@ -43,12 +43,24 @@ const std::vector<float>& half_values() {
     return values;
 }
 
-// c[16, 8] += a[16, K] b[K, 8] on whole matrices; sums in fp32.
+float toward_zero(double value) {
+    const auto nearest = static_cast<float>(value);
+    const bool above = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
+    return above ? bits_float(float_bits(nearest) - 1) : nearest;
+}
+
+// c[16, 8] += a[16, K] b[K, 8] on whole matrices. Tensor cores add up a product's terms without rounding
+// each, and cut the fp32 sum off toward zero (Fasi, Higham, Mikaitis, Pranesh, 2021: "Numerical behavior of
+// NVIDIA tensor cores"); here once a product, where the hardware may do so for every 4 to 16 terms.
 template <int K>
 void multiply(float (&c)[16][8], const float (&a)[16][K], const float (&b)[K][8]) {
-    for (int m = 0; m < 16; ++m)
+    for (int m = 0; m < 16; ++m) {
+        double sums[8];
+        for (int n = 0; n < 8; ++n) sums[n] = c[m][n];
         for (int k = 0; k < K; ++k)
-            for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+            for (int n = 0; n < 8; ++n) sums[n] += static_cast<double>(a[m][k]) * b[k][n];
+        for (int n = 0; n < 8; ++n) c[m][n] = toward_zero(sums[n]);
+    }
     ++emulation.products;
 }
 
