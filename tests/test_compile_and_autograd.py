@@ -245,7 +245,9 @@ class _WatchingLabels(torch.Tensor):
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor) -> _WatchingLabels:
-        made: _WatchingLabels = torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
+        made: _WatchingLabels = torch.Tensor._make_wrapper_subclass(
+            cls, plain.shape, dtype=plain.dtype, device=plain.device
+        )
         made.plain = plain
         return made
 
