@@ -203,7 +203,9 @@ def test_void_reaches_nothing(case: Case) -> None:
     poisoned[..., 4:] = torch.nan
     poisoned_loss, poisoned_grad = value_and_grad(criterion, poisoned.requires_grad_(), target)
     assert torch.equal(loss, poisoned_loss)
-    assert torch.equal(grad, poisoned_grad)
+    # On a GPU torch adds the gradient of its scaling up with atomics, in no fixed order.
+    slack = {"rtol": 1e-5, "atol": 1e-8} if case.device != "cpu" else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(poisoned_grad, grad, **slack)
     assert not grad[..., 4:].any()
     assert grad[..., :3].all()
     empty_loss, empty_grad = value_and_grad(criterion, logits, torch.full_like(target, VOID))
