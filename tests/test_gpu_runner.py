@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -26,6 +27,8 @@ from benchmarks.networks import GPU_NETWORKS
 from benchmarks.plans import Plan, make_plans
 from benchmarks.timing import Budget
 from benchmarks.workloads import make_proxy, named
+from semeda_fast import cuda_ops, trial, triton_ops
+from semeda_fast.spec import LossSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "a device of the tests"
@@ -174,6 +177,19 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 
 def outcomes(result: dict[str, Any]) -> dict[str, str]:
     return {test["name"].split("::")[1]: test["outcome"] for test in result["tests"]}
+
+
+def test_a_watched_process_runs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both backends with a trial ask `trial.first_use`, which must not come to the reference any more."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
+    one_step = importlib.import_module("one_step")
+    monkeypatch.setattr(trial, "trial", pytest.fail)
+    one_step.without_trial()
+    ones = (1,) * 3
+    spec = LossSpec((1.0,) * 3, (1.0,) * 3, ones, ones, (0,) * 3)
+    for ops in (cuda_ops, triton_ops):
+        assert ops.first_use is trial.first_use
+        assert ops.first_use(ops.ops, torch.zeros((1, 2, 3, 4)), make_proxy(named("voc")).weights, spec) is None
 
 
 def test_every_outcome_is_recorded_even_of_a_process_that_dies(fake: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -91,7 +91,9 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
     if program is None:
         pytest.skip("compute-sanitizer is neither in PATH nor in CUDA's folder")
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all"]
-    code, text = run_script([backend, "--small"], tool=command)
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # torch and Triton ask the driver for what may not be there
+    code, text = run_script([backend, "--small", "--no-trial"], tool=command)
     for refusal in ("Device not supported", "not supported on this device", "Unable to find injection library"):
         if refusal in text:
             pytest.skip(f"compute-sanitizer does not work here: {refusal}")
