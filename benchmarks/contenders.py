@@ -27,7 +27,7 @@ class Contender:
         family: contenders of one family differ in layout or compiler mode only; ratios take its fastest.
         compiled: whether torch.compile is at work.
         checked_as: "loss" (the reference's tolerance), "half" (bf16's for fp16 logits, too),
-            "autocast" (a wider one), "ce" (cross-entropy's value).
+            "autocast" (a wider one), "ce" (cross-entropy's value); `worker.judged_as` knows more.
         fused: whether it is a backend of this library other than the reference.
         upsamples: whether it takes a network's logits at a fraction of the labels' size; in training steps alone.
         make: (inputs, compiler backend) -> the function to call.

@@ -370,7 +370,8 @@ def _how() -> str:
   is kept busy until the whole call is queued, as in a training step that runs ahead of the device.
 * Each contender was compared with the reference in float64 on the whole workload before it was timed.
 * cuDNN chose its fastest algorithms (`cudnn.benchmark`) for all while times were taken. fp32 logits were computed
-  without TF32, which keeps 10 bits; with half-precision logits the plain reference has TF32, torch's default.
+  without TF32, which keeps 10 bits; with half-precision logits the plain reference has TF32, torch's default, eager and
+  compiled, and is judged by what is allowed under autocast, which rounds operands, too.
 * Layers: GB/s count each operand of that contender once, TFLOP/s the dense convolution. cuDNN is a bare convolution
   with bias (dgrad: without), which does less than the other two; the compiled epilogue writes a byte of codes a
   feature, ours packs 2 to 3 bits.

@@ -77,6 +77,8 @@ def _setting(run: Run) -> str:
     tuned = ", ".join(f"{name}" for name in ("MALLOC_ARENA_MAX=1", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"))
     reason = run.machine.get("tuned_reason")
     limits = ", ".join(f"{d} {oracle.LOSS[d]:g} and {oracle.GRADIENT[d]:g}" for d in oracle.LOSS)
+    tf32 = "; the same for the reference in half precision on CUDA, whose convolutions run in TF32"
+    tf32 = tf32 if run.machine.get("device") == "cuda" else ""
     return f"""## What was measured
 
 The loss {LAMBDA_CE:g} * cross-entropy + {LAMBDA_SEMEDA:g} * SEMEDA, from logits [N,C,H,W] and labels [N,H,W] (int64)
@@ -97,9 +99,9 @@ C->16->32->2, wide C->32->64->64, deep C->16->32x5->16, all 3x3.
 * fp16: the backward pass starts from 65536, as under a GradScaler.
 * Before it is timed, each contender is compared with the reference in float64 on the whole workload. Allowed in the
   loss (relative) and the gradient (relative L2): {limits};
-  under bf16 autocast {oracle.AUTOCAST_LOSS:g} and {oracle.AUTOCAST_GRADIENT:g}. In float32 the gradient is compared
-  away from features whose sign is decided by rounding (an L1 distance or a ReLU within {oracle.KINK:g} of its scale
-  around 0), and over all pixels to {oracle.OVERALL:g}.
+  under bf16 autocast {oracle.AUTOCAST_LOSS:g} and {oracle.AUTOCAST_GRADIENT:g}{tf32}. In float32 the gradient is
+  compared away from features whose sign is decided by rounding (an L1 distance or a ReLU within {oracle.KINK:g} of
+  its scale around 0), and over all pixels to {oracle.OVERALL:g}.
 """
 
 

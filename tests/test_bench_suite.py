@@ -331,6 +331,18 @@ def test_what_a_fused_backend_leaves_to_others_is_skipped_and_no_failure() -> No
     assert worker._failure(ours, ValueError("anything else"))["status"] == "failed"
 
 
+def test_who_convolves_in_tf32_is_judged_as_under_autocast() -> None:
+    """TF32 is on for half-precision logits on CUDA alone, and fused backends do not ask cuDNN."""
+    found = contenders()
+    for name, usual in (("reference", "loss"), ("compiled", "loss"), ("autocast", "autocast"), ("ce", "ce")):
+        for dtype in ("bfloat16", "float16"):
+            expected = "autocast" if usual == "loss" else usual
+            assert worker.judged_as(found[name], "cuda", dtype) == expected
+            assert worker.judged_as(found[name], "cpu", dtype) == usual
+        assert worker.judged_as(found[name], "cuda", "float32") == usual
+    assert worker.judged_as(found["cpu"], "cuda", "bfloat16") == found["cpu"].checked_as
+
+
 def run_pytest(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     options = ["-p", "no:cacheprovider", "-o", "addopts=", "-q", *arguments]
     # A run inside a worker of pytest-xdist would take itself for one, and then measures nothing.
