@@ -1,8 +1,9 @@
 """The tests of `make gpu`: which there are, and how they are run side by side under a clock.
 
 Every file of tests/ whose tests take a `case` (a backend on a device) runs for the device cuda, first for the fused
-backends, then for the reference; the files of tests/gpu come before both. Each is a pytest process of its own, since a
-device-side assert or a bad address ends the use of the device for a whole process. The module is also the
+backends, then for the reference; the files of tests/gpu come before both, those of values first. Each is a pytest
+process of its own for each fused backend, since a device-side assert or a bad address ends the use of the device for a
+whole process, and one backend's compiling must not use up another's time. The module is also the
 pytest plugin of those processes: it writes each result as it comes and stops at the deadline, so that a run
 that is cut short still says what passed and what did not run. Plugins that a machine may lack (timeout,
 xdist, cacheprovider's folder) are not needed.
@@ -29,6 +30,8 @@ RESULTS = "tests.json"
 LOG = "SEMEDA_FAST_GPU_LOG"  # environment variables of the plugin: the file to write, and
 DEADLINE = "SEMEDA_FAST_GPU_DEADLINE"  # when to stop, in seconds since the epoch
 OUTCOMES = ("passed", "failed", "error", "skipped", "not run")
+BACKENDS = ("cuda", "triton")  # with suites of their own, the most important first
+FIRST = "gpu_values"
 _TAKES_A_CASE = re.compile(r"\bcase: Case\b")
 _KILL_AFTER = 5.0  # seconds after the deadline
 _LEAST = 4.0  # seconds without which no process is started
@@ -54,11 +57,16 @@ def suites(root: Path, match: str = "") -> list[Suite]:
     Args:
         match: a pytest -k expression that tests have to match besides.
     """
-    own = sorted(path.relative_to(root).as_posix() for path in (root / "tests" / "gpu").glob("test_*.py"))
+    own = [path.relative_to(root).as_posix() for path in (root / "tests" / "gpu").glob("test_*.py")]
+    own.sort(key=lambda path: (_stem(path) != FIRST, path))
     shared = guarantee_files(root)
-    found = [(f"gpu: {_stem(path)}", path, "") for path in own]
-    found += [(f"fused: {_stem(path)}", path, "-cuda and not reference-cuda") for path in shared]
-    found += [(f"reference: {_stem(path)}", path, "reference-cuda") for path in shared]
+    # A test's name ends with its backend in tests/gpu, and holds the case elsewhere.
+    found = [(f"{name}: {_stem(path)}", path, f"{name}]") for path in own for name in BACKENDS]
+    found += [(f"{name}: {_stem(path)}", path, f"{name}-cuda") for path in shared for name in BACKENDS]
+    others = " and ".join(f"not {name}]" for name in BACKENDS)
+    found += [(f"others: {_stem(path)}", path, others) for path in own]
+    others = " and ".join(["-cuda", *(f"not {name}-cuda" for name in BACKENDS)])
+    found += [(f"others: {_stem(path)}", path, others) for path in shared]  # the reference, and backends to come
     return [Suite(name, _command(path, expression, match)) for name, path, expression in found]
 
 

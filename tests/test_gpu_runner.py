@@ -138,23 +138,26 @@ def test_the_list_holds_commands_that_can_be_run(tmp_path: Path, capsys: pytest.
     assert parsed.limit > 60
     files = [next(word for word in command if word.endswith(".py")) for command in tests]
     assert all((ROOT / file).is_file() for file in files)
-    # tests/gpu first, then fused backends, the reference last.
-    own = [file for file in files if file.startswith("tests/gpu/")]
+    # Values first, each for both fused backends; then the guarantees, and at last what is of neither backend.
+    own = list(dict.fromkeys(file for file in files if file.startswith("tests/gpu/")))
     shared = gpu_tests.guarantee_files(ROOT)
-    assert files == [*own, *shared, *shared]
+    assert files == [*(file for file in [*own, *shared] for _ in gpu_tests.BACKENDS), *own, *shared]
+    assert own[0] == "tests/gpu/test_gpu_values.py"
+    assert tests[0][-1] == "-k=(cuda]) and (not sanitizer)"
+    assert tests[1][-1] == "-k=(triton]) and (not sanitizer)"
     assert len(own) == len(list((ROOT / "tests" / "gpu").glob("test_*.py"))) >= 4
     assert {"tests/test_void_and_empty.py", "tests/test_dtypes_and_layouts.py"} <= set(shared)
 
 
 def test_the_suites_of_the_guarantees_need_no_plugin_and_select_the_device() -> None:
     suites = {suite.name: suite for suite in gpu_tests.suites(ROOT, "not sanitizer")}
-    assert suites["reference: void_and_empty"].command[-1] == "-k=(reference-cuda) and (not sanitizer)"
-    command = [*suites["fused: void_and_empty"].command, "--collect-only"]
+    assert suites["triton: void_and_empty"].command[-1] == "-k=(triton-cuda) and (not sanitizer)"
+    command = [*suites["others: void_and_empty"].command, "--collect-only"]
     result = subprocess.run(command, cwd=ROOT, env=BARE, capture_output=True, text=True, timeout=60, check=False)
     listed = [line for line in result.stdout.splitlines() if "::" in line]
     if torch.cuda.is_available():
         assert listed
-        assert all("-cuda" in line and "reference-cuda" not in line for line in listed)
+        assert all("reference-cuda" in line for line in listed)
     else:
         assert result.returncode == 5, result.stdout + result.stderr  # nothing selected
         assert listed == []
@@ -173,6 +176,41 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     slow = gpu_tests.Suite("slow", gpu_tests._command("tests/test_slow.py", "", ""))
     results = gpu_tests.run_suites([mixed, fused], folder, BARE, 60.0, 2)
     return folder, [*results, *gpu_tests.run_suites([slow], folder, BARE, 4.1, 1)]
+
+
+def test_every_test_is_in_one_suite_and_in_its_backends(tmp_path: Path) -> None:
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    own = "import pytest\n\n@pytest.mark.parametrize('backend', ['cuda', 'triton', 'reference'])\n"
+    own += (
+        "@pytest.mark.parametrize('x', ['cuda', 'a'])\ndef test_cuda_graph(backend, x): pass\n\ndef test_none(): pass\n"
+    )
+    for name in ("gpu_compile", "gpu_values"):
+        (tmp_path / "tests" / "gpu" / f"test_{name}.py").write_text(own)
+    cases = ["cuda-cuda", "triton-cuda", "reference-cuda", "new-cuda", "triton-cpu", "cuda-cpu"]
+    shared = f"import pytest\n\n@pytest.mark.parametrize('case', {cases})\ndef test_x(case): pass  # case: Case\n"
+    (tmp_path / "tests" / "test_shared.py").write_text(shared)
+    found: dict[str, list[str]] = {}
+    for suite in gpu_tests.suites(tmp_path):
+        command = [*suite.command, "--collect-only"]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=BARE, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        found[suite.name] = [line.split("::")[1] for line in result.stdout.splitlines() if "::" in line]
+    of_gpu = {name: [f"test_cuda_graph[{x}-{name}]" for x in ("cuda", "a")] for name in ("cuda", "triton", "reference")}
+    rest = [*of_gpu["reference"], "test_none"]
+    assert list(found) == [
+        *("cuda: gpu_values", "triton: gpu_values", "cuda: gpu_compile", "triton: gpu_compile"),
+        *("cuda: shared", "triton: shared", "others: gpu_values", "others: gpu_compile", "others: shared"),
+    ]
+    for file in ("gpu_values", "gpu_compile"):
+        expected = {"cuda": of_gpu["cuda"], "triton": of_gpu["triton"], "others": rest}
+        assert {name: sorted(found[f"{name}: {file}"]) for name in expected} == {
+            k: sorted(v) for k, v in expected.items()
+        }
+    assert found["cuda: shared"] == ["test_x[cuda-cuda]"]
+    assert found["triton: shared"] == ["test_x[triton-cuda]"]
+    assert found["others: shared"] == ["test_x[reference-cuda]", "test_x[new-cuda]"]
 
 
 def outcomes(result: dict[str, Any]) -> dict[str, str]:
