@@ -4,8 +4,9 @@ backend "cuda" against "triton", which decides the order that "auto" takes.
 A tile is rows x width of its hidden rows, as csrc/cuda/plan.cpp searches them. A direction (forward, backward) is timed
 as it is queued in training: packing of the weights, the kernel, the final sums. A tile whose results differ from those
 of the planner's tile is "wrong" and gets no time. The planner's choice is timed in every group of tiles, interleaved
-with them, so each tile's gain comes from rounds of its own group. The neighbours of the choice come first, for all
-workloads, so that a run that is cut short has them; the fastest tiles are at last timed once more, together.
+with them, so each tile's gain comes from rounds of its own group. For a run that is cut short the comparison of the
+backends comes first, for all workloads, then the neighbours of the choice; the fastest tiles are at last timed once
+more, together.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, backends, cuda_ops
+from semeda_fast import backends, cuda_ops
 from semeda_fast.config import config_text, parse_config
 from semeda_fast.files import atomic_path
 from semeda_fast.fused import Problem
 from semeda_fast.native import cuda_module
 from semeda_fast.params import add_gradients, fill
-from semeda_fast.spec import LossSpec
 
 from . import gpu_bench, machine, oracle, timing
 from .contenders import Contender, contenders
+from .gpu_workloads import Case, all_cases, spec_of
 from .timing import Budget, quartiles
 from .worker import first_line
-from .workloads import Inputs, Workload, make_inputs, make_proxy, named
+from .workloads import Inputs
 
 RESULTS = "tiles.json"
 SCHEMA = 1
@@ -62,64 +63,6 @@ class Tile(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.width}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A workload, and a proxy that workloads.py does not name: (hidden widths, channels of the last layer)."""
-
-    workload: Workload
-    layers: tuple[tuple[int, ...], int] | None = None
-
-    @property
-    def name(self) -> str:
-        """Unique, such as "voc default bfloat16"."""
-        proxy = self.workload.proxy
-        if self.layers is not None:
-            proxy = "-".join(map(str, (*self.layers[0], self.layers[1])))
-        return f"{self.workload.dataset} {proxy} {self.workload.dtype}"
-
-    def inputs(self, device: str) -> Inputs:
-        """Its tensors; the numbers are drawn once for all dtypes and proxies of a dataset."""
-        drawn = _drawn(self.workload.replace(dtype="float32", proxy="default"), device)
-        proxy = make_proxy(self.workload)
-        if self.layers is not None:
-            proxy = EdgeProxy(self.workload.num_classes, self.layers[0], edge_classes=self.layers[1], seed=0)
-        logits = drawn.logits.to(self.workload.torch_dtype)
-        return Inputs(self.workload, logits, drawn.target, proxy.to(torch.device(device)), drawn.facts)
-
-
-@functools.lru_cache(maxsize=3)
-def _drawn(workload: Workload, device: str) -> Inputs:
-    return make_inputs(workload, device)
-
-
-def all_cases(labels: str) -> list[Case]:
-    """The most important first; sizes as in gpu_bench.py."""
-    voc = named("voc", dtype="bfloat16", labels=labels, **gpu_bench.VOC)
-    cityscapes = named("cityscapes", dtype="bfloat16", labels=labels, batch=4, height=1024, width=1024)
-    ade20k = named("ade20k", dtype="bfloat16", labels=labels, batch=8, height=512, width=512)
-    return [
-        *map(Case, (voc, cityscapes, ade20k, voc.replace(dtype="float32"))),
-        *map(Case, (voc.replace(proxy="wide"), voc.replace(proxy="deep"))),
-        Case(voc, ((16, 32, 32), 2)),
-        *map(Case, (cityscapes.replace(dtype="float32"), ade20k.replace(dtype="float32"))),
-    ]
-
-
-def spec_of(inputs: Inputs) -> LossSpec:
-    """The loss of a workload as the operators receive it."""
-    proxy = inputs.proxy
-    return LossSpec(
-        layer_weights=proxy.layer_weights,
-        layer_scales=proxy.layer_scales("l1"),
-        strides=tuple(layer.stride for layer in proxy.layers),
-        dilations=tuple(layer.dilation for layer in proxy.layers),
-        pools=tuple(layer.pool for layer in proxy.layers),
-        tap=proxy.tap,
-        ignore_index=inputs.workload.ignore_index,
-        mode=inputs.workload.mode,
-    )
 
 
 @contextlib.contextmanager
@@ -274,7 +217,7 @@ def measure(
     budget: Budget | None = None,
     save: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """First the neighbours of the planner's choices, then cuda against triton, then all other tiles.
+    """First cuda against triton, then the neighbours of the planner's choices, then all other tiles.
 
     Args:
         deadline: time.monotonic() after which nothing is begun.
@@ -300,7 +243,7 @@ def measure(
 
         _tiles_of(case, module, device, results, both)
 
-    stages = {"tiles near the planner's": near, "cuda against triton": against, "all other tiles": rest}
+    stages = {"cuda against triton": against, "tiles near the planner's": near, "all other tiles": rest}
     try:
         for title, stage in stages.items():
             for case in cases:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu, gpu_report, gpu_tiles, timing
 from benchmarks.contenders import Contender
-from benchmarks.gpu_tiles import Case, Tile
+from benchmarks.gpu_tiles import Tile
+from benchmarks.gpu_workloads import Case, all_cases
 from benchmarks.timing import Budget, Samples
 from benchmarks.workloads import Inputs, Workload
 from semeda_fast import cuda_ops
@@ -145,7 +146,7 @@ def test_the_tiles_are_those_that_the_planner_searches() -> None:
 
 
 def test_the_workloads_are_all_there_once() -> None:
-    cases = gpu_tiles.all_cases("scenes")
+    cases = all_cases("scenes")
     assert [case.name for case in cases] == [
         "voc default bfloat16",
         "cityscapes default bfloat16",
@@ -331,6 +332,10 @@ def test_a_run_that_is_cut_short_has_the_neighbours_and_names_the_rest(timer: Ti
     assert f"{OTHER.name}, forward: 5 of 9 tiles left out, the time was up" in results.notes
     assert json.loads(saves[-1])["notes"] == results.notes
     assert len(saves) >= 5
+    # What decides between the backends was there before the first tile.
+    first, second = (json.loads(saved) for saved in saves[:2])
+    assert ([r["case"] for r in first["comparisons"]], first["tiles"]) == ([TINY.name], [])
+    assert ([r["case"] for r in second["comparisons"]], second["tiles"]) == ([TINY.name, OTHER.name], [])
     none = measure(Machine(), TINY, deadline=timer.now)
     assert none.tiles == []
     assert len(none.notes) == 3
