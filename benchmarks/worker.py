@@ -1,7 +1,7 @@
 """One process that measures one plan: `python -m benchmarks.worker PLAN.json RESULT.json`.
 
 The allocator, the number of threads and the memory of a process are settled before it starts, so each
-condition gets its own. Results are written after every case: what was measured survives an interruption.
+condition gets its own. Results are written after every contender: what was measured survives an interruption.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from .work import activation_bytes, work_of
 from .workloads import Inputs, make_inputs
 
 Record = dict[str, Any]
+Keep = Callable[[list[Record]], None]  # called with a case's records so far
+ALONE = timing.Budget(0.0, 5, 5)
 
 
 def run_plan(plan: Plan, *, on_result: Any = None) -> list[Record]:
     """Measure every case of a plan in this process.
 
     Args:
-        on_result: called with all records so far after each case.
+        on_result: called with all records so far after each contender and each case.
 
     Returns:
         the records; a contender that is wrong, refuses or fails has a "status" that says so and no times.
@@ -46,9 +49,14 @@ def run_plan(plan: Plan, *, on_result: Any = None) -> list[Record]:
         torch.set_num_threads(case.threads)
         if "torch._dynamo" in sys.modules:  # importing the compiler only to reset it takes a second
             torch.compiler.reset()
-        measure = MEASURES[case.kind]
-        for record in measure(case, plan):
-            records.append({**_condition(plan, case), **record})
+        done, about = list(records), _condition(plan, case)
+
+        def keep(found: list[Record], done: list[Record] = done, about: Record = about) -> None:
+            if on_result is not None:
+                on_result([*done, *({**about, **record} for record in found)])
+
+        found = MEASURES[case.kind](case, plan, keep)
+        records += [{**about, **record} for record in found]
         if on_result is not None:
             on_result(records)
     return records
@@ -66,7 +74,7 @@ def _condition(plan: Plan, case: Case) -> Record:
     }
 
 
-def _peaks_case(case: Case, plan: Plan) -> list[Record]:
+def _peaks_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     quick = case.budget.seconds < 1
     return [{"status": "ok", **machine.measure_peaks(plan.device, case.threads, quick=quick)}]
 
@@ -93,7 +101,7 @@ def _facts(case: Case, inputs: Inputs | None) -> Record:
     return facts
 
 
-def _time_case(case: Case, plan: Plan) -> list[Record]:
+def _time_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     """Check every contender, then time those that are right in one interleaved run."""
     assert case.workload is not None
     inputs = make_inputs(case.workload, plan.device)
@@ -113,17 +121,35 @@ def _time_case(case: Case, plan: Plan) -> list[Record]:
         progress(f"{plan.name}: {case.workload.name} {case.mode}: {contender.name}")
         try:
             step = _checked_step(contender, case, plan, inputs, truth, record)
+            if step is not None:
+                record.update(stopped(step, plan.device))
         except Exception as error:  # one contender's failure must not take the others' results with it
             record.update(**_failure(contender, error))
             continue
         if step is not None:
             steps[contender.name] = step
+        keep(list(records.values()))
     for name, samples in timing.interleaved(steps, case.budget, device=plan.device, warmup=case.warmup).items():
         records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
+        records[name].pop("reason", None)
+    keep(list(records.values()))
     if plan.device == "cuda":
         for name, samples in timing.interleaved(steps, case.budget, device="cuda", warmup=1, queued=True).items():
             records[name]["queued_seconds"] = samples.seconds
     return list(records.values())
+
+
+def stopped(step: timing.Step, device: str) -> Record:
+    """What stays of a contender that is right where the run is stopped before all are timed side by side.
+
+    Its time alone, on a GPU, is no part of a ratio: the others' come from other minutes.
+    """
+    found: Record = {"status": "skipped", "reason": "stopped before the contenders were timed side by side"}
+    if device == "cuda":
+        seconds = timing.interleaved({"": step}, ALONE, device=device, warmup=1)[""].seconds
+        q1, median, q3 = (1000 * value for value in timing.quartiles(seconds))
+        found.update(alone_seconds=seconds, reason=f"{found['reason']}; alone {median:.3g} ms [{q1:.3g}, {q3:.3g}]")
+    return found
 
 
 def _settle_cuda(dtype: str) -> None:
@@ -180,7 +206,7 @@ def _saved_per_pixel(function: LossFunction, leaf: Tensor, inputs: Inputs) -> fl
         return None
 
 
-def _step_case(case: Case, plan: Plan) -> list[Record]:
+def _step_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     """Check every contender on a network's logits, then time whole training steps in one interleaved run."""
     assert case.workload is not None
     about = {**_facts(case, None), "network": case.network, "title_network": NETWORKS[case.network].title}
@@ -217,14 +243,17 @@ def _step_case(case: Case, plan: Plan) -> list[Record]:
             continue
         into = parts.setdefault(contender.name, [])
         todo[contender.name] = training.parted(function, into, contender.upsamples)
+        record.update(stopped(todo[contender.name], "cpu"))  # without a time: a step trains the network
+        keep(list(records.values()))
     for name, samples in timing.interleaved(todo, case.budget, device=plan.device, warmup=case.warmup).items():
         rounds = len(samples.seconds)
         records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
+        records[name].pop("reason", None)
         records[name]["loss_seconds"] = parts[name][-rounds:] or None
     return list(records.values())
 
 
-def _step_memory_case(case: Case, plan: Plan) -> list[Record]:
+def _step_memory_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     assert case.workload is not None
     records = []
     for contender in _chosen(case, plan):
@@ -241,6 +270,7 @@ def _step_memory_case(case: Case, plan: Plan) -> list[Record]:
             record.update(status="ok", **vars(peak))
         except Exception as error:
             record.update(**_failure(contender, error))
+        keep(records)
     return records
 
 
@@ -259,7 +289,7 @@ def why_not_run(contender: Contender, inputs: Inputs) -> str:
     return ""
 
 
-def _memory_case(case: Case, plan: Plan) -> list[Record]:
+def _memory_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     assert case.workload is not None
     inputs = make_inputs(case.workload, plan.device)
     records = []
@@ -278,6 +308,7 @@ def _memory_case(case: Case, plan: Plan) -> list[Record]:
             record.update(status="ok", **vars(peak), saved_bytes_per_pixel=_saved_per_pixel(function, leaf, inputs))
         except Exception as error:
             record.update(**_failure(contender, error))
+        keep(records)
     return records
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from benchmarks import compare, plans, report, runner, tables, worker
 from benchmarks.contenders import contenders
 from benchmarks.plans import Case, Plan
 from benchmarks.runner import Run
-from benchmarks.workloads import HEADLINE
+from benchmarks.timing import Budget, Samples
+from benchmarks.workloads import HEADLINE, named
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two backends that any process can import: one that is the reference under another name, and one that is not.
@@ -341,6 +343,46 @@ def test_who_convolves_in_tf32_is_judged_as_under_autocast() -> None:
             assert worker.judged_as(found[name], "cpu", dtype) == usual
         assert worker.judged_as(found[name], "cuda", "float32") == usual
     assert worker.judged_as(found["cpu"], "cuda", "bfloat16") == found["cpu"].checked_as
+
+
+def test_a_case_that_is_stopped_keeps_the_contenders_it_has_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = named("voc", batch=1, height=24, width=24, labels="random")
+    budget = Budget(0.0, 3, 3)
+    case = Case("time", "headline", 1, tiny, ("ce", "reference", "cpu"), budget=budget)
+    saved: list[list[dict[str, Any]]] = []
+    first = worker.run_plan(Plan("whole", (case,)), on_result=lambda found: saved.append(copy.deepcopy(found)))
+    assert [len(found) for found in saved] == [1, 2, 3, 3, 3]
+    assert [record["status"] for record in saved[1]] == ["skipped"] * 2
+    assert all("reason" not in record and record["status"] == "ok" and record["seconds"] for record in first)
+    saved.clear()
+    whole = worker._checked_step
+
+    def stop(contender: Any, *rest: Any) -> Any:
+        if contender.name == "cpu":
+            raise KeyboardInterrupt
+        return whole(contender, *rest)
+
+    monkeypatch.setattr(worker, "_checked_step", stop)
+    plan = Plan("stopped", (replace(case, contenders=("ce",)), case))
+    with pytest.raises(KeyboardInterrupt):
+        worker.run_plan(plan, on_result=lambda found: saved.append(copy.deepcopy(found)))
+    assert [(record["contender"], record["status"]) for record in saved[-1]] == [
+        *(("ce", "ok"), ("ce", "skipped"), ("reference", "skipped"))
+    ]
+    assert saved[-1][2]["check"]["ok"]
+    assert tables.milliseconds(saved[-1][2]) == "stopped before the contenders were timed side by side"
+
+
+def test_a_stopped_contender_has_its_time_alone_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleaved(steps: Any, budget: Budget, **options: Any) -> dict[str, Samples]:
+        assert options["device"] == "cuda"
+        return {name: Samples([0.002, 0.003, 0.001], None) for name in steps}
+
+    monkeypatch.setattr(worker.timing, "interleaved", interleaved)
+    found = worker.stopped(lambda: None, "cuda")
+    assert found["reason"].endswith("; alone 2 ms [1.5, 2.5]")
+    assert found["status"] == "skipped"
+    assert "seconds" not in found
 
 
 def run_pytest(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
