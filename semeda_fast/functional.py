@@ -106,7 +106,10 @@ def semeda_loss(
         target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
     if mode == "binary" and target.is_floating_point() and target.dim() == 4 and target.shape[1] == 1:
         labelled = target.squeeze(1) != ignore_index  # void as such targets have it, beside probabilities
-        valid_mask = labelled if valid_mask is None else valid_mask & labelled
+        if valid_mask is None:
+            valid_mask = labelled
+        elif valid_mask.shape == labelled.shape and valid_mask.dtype == torch.bool:  # else the checks object to it
+            valid_mask = valid_mask & labelled
     chosen = proxy.distance if distance is None else distance
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.

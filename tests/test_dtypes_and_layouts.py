@@ -202,3 +202,7 @@ def test_void_in_one_channel_targets_of_floats(case: Case) -> None:
     rows[:, 2:9] = True
     masked = criterion(logits, floats, valid_mask=rows)
     torch.testing.assert_close(masked, criterion(logits, target, valid_mask=rows), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="valid_mask must have the shape"):
+        criterion(logits, floats, valid_mask=rows[:1])
+    with pytest.raises(TypeError, match="valid_mask must be a bool"):
+        criterion(logits, floats, valid_mask=rows.long())
