@@ -38,7 +38,7 @@ CPU_MODULE, CUDA_MODULE = "semeda_fast._C", "semeda_fast._C_cuda"
 CPU, CUDA = Path("csrc", "cpu"), Path("csrc", "cuda")
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("driver", "features", "labels", "plan")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("driver", "eager", "features", "labels", "plan")),
 ]
 CUDA_KERNELS = sorted(path.as_posix() for path in CUDA.glob("*.cu"))
 CUDA_HOST_SOURCES = sorted(path.as_posix() for path in CUDA.glob("*.cpp"))

@@ -37,21 +37,6 @@ inline void add_layer(LossParams& p, int out, int in, int ksize, double inverse,
     layer.coefficient = static_cast<float>(coefficient);
 }
 
-// The proxy's memory: all weights [out, in, k, k], then all biases [out], fp32, which outlives the
-// parameters.
-inline void set_proxy(LossParams& p, std::uintptr_t address) {
-    const float* next = pointer<const float>(address);
-    for (int l = 0; l < p.layers; ++l) {
-        p.layer[l].weight = next;
-        next +=
-            static_cast<std::ptrdiff_t>(p.layer[l].out) * p.layer[l].in * p.layer[l].ksize * p.layer[l].ksize;
-    }
-    for (int l = 0; l < p.layers; ++l) {
-        p.layer[l].bias = next;
-        next += p.layer[l].out;
-    }
-}
-
 // Python knows tensors by address; a property of a pointer type is set from one.
 template <class Class, class T>
 void def_address(Class& c, const char* name, T* LossParams::* field) {
@@ -94,7 +79,7 @@ inline py::class_<LossParams> define_params(py::module_& module) {
             "distance", [](const LossParams& p) { return static_cast<int>(p.distance); },
             [](LossParams& p, int distance) { p.distance = static_cast<Distance>(distance); })
         .def("add_layer", &add_layer)
-        .def("set_proxy", &set_proxy);
+        .def("set_proxy", [](LossParams& p, std::uintptr_t address) { set_proxy(p, pointer<const float>(address)); });
     def_address(params, "class_weight", &LossParams::class_weight);
     def_address(params, "ce_map", &LossParams::ce_map);
     def_address(params, "semeda_map", &LossParams::semeda_map);

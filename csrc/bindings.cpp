@@ -7,9 +7,12 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bind_params.h"
 #include "cpu/api.h"
+#include "cpu/eager.h"
 #include "cpu/features.h"
 
 #if defined(_OPENMP)
@@ -97,6 +100,58 @@ std::int64_t cpu_forward(const semeda_fast::LossParams& given, const std::array<
     return counts[1];
 }
 
+using semeda_fast::EagerLoss;
+using semeda_fast::EagerResult;
+using Addresses = std::array<std::uintptr_t, 5>;  // of logits, target, valid, class_weight, kept; 0: none
+
+semeda_fast::EagerTensors tensors_at(const Addresses& at, int threads) {
+    using semeda_fast::pointer;
+    return {pointer<void>(at[0]),        pointer<void>(at[1]), pointer<void>(at[2]),
+            pointer<const float>(at[3]), pointer<void>(at[4]), threads};
+}
+
+EagerResult eager_forward(const EagerLoss& loss, const Addresses& at, float lambda_ce, float lambda_semeda,
+                          std::uintptr_t loss_at, int threads) {
+    const EagerResult result = loss.forward(tensors_at(at, threads), lambda_ce, lambda_semeda);
+    *semeda_fast::pointer<float>(loss_at) = result.loss;
+    return result;
+}
+
+void eager_backward(const EagerLoss& loss, const Addresses& at, const EagerResult& result,
+                    std::uintptr_t d_loss_at, std::uintptr_t d_logits_at, int dtype,
+                    const std::array<std::int64_t, 4>& d_logits_strides, int threads) {
+    loss.backward(tensors_at(at, threads), result, *semeda_fast::pointer<const float>(d_loss_at),
+                  semeda_fast::make_view(d_logits_at, dtype, d_logits_strides));
+}
+
+void define_eager(py::module_& module) {
+    using semeda_fast::Reduction;
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    py::class_<EagerResult>(module, "EagerResult", py::module_local(), "What backward needs of forward.")
+        .def_readonly("bad_labels", &EagerResult::bad_labels);
+    py::class_<EagerLoss>(module, "EagerLoss", py::module_local(),
+                          "The loss with its reduction, without addresses; see csrc/cpu/eager.h.")
+        .def(py::init([](const semeda_fast::LossParams& params, const std::vector<std::uintptr_t>& addresses,
+                         bool mean, bool weighted, bool nan_if_empty) {
+                 std::vector<const float*> proxy;
+                 for (const std::uintptr_t address : addresses) {
+                     proxy.push_back(semeda_fast::pointer<const float>(address));
+                 }
+                 return EagerLoss(params, proxy, Reduction{mean, weighted, nan_if_empty});
+             }),
+             py::arg("params"), py::arg("proxy"), py::kw_only(), py::arg("mean"), py::arg("weighted"), py::arg("nan_if_empty"))
+        .def_property_readonly("kept_bytes", &EagerLoss::kept_bytes)
+        .def_property_readonly("saved_d_at", &EagerLoss::saved_d_at)
+        .def_property_readonly("parameters_at", &EagerLoss::parameters_at)
+        .def("forward", &eager_forward, unlocked)
+        .def("backward", &eager_backward, unlocked)
+        .def("seeds", [](const EagerLoss& loss, const EagerResult& result, float d_loss) {
+            float d_ce, d_semeda;
+            loss.seeds(result, d_loss, d_ce, d_semeda);
+            return std::pair(d_ce, d_semeda);
+        });
+}
+
 void define_cpu(py::module_& module) {
     semeda_fast::define_params(module)
         .def("code_bytes_per_row", &semeda_fast::code_bytes_per_row)
@@ -125,4 +180,5 @@ PYBIND11_MODULE(_C, module) {
                "How this module was built: compiler, C++ standard, OpenMP, instruction sets with kernels.");
     module.def("cpu_features", &cpu_features, "Which vector extensions the processor and the system offer.");
     define_cpu(module);
+    define_eager(module);
 }

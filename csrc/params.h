@@ -65,4 +65,15 @@ struct LossParams {
     View d_logits;  // same dtype and size as the logits; every element is written
 };
 
+inline std::int64_t weights_of(const Layer& layer) {
+    return static_cast<std::int64_t>(layer.out) * layer.in * layer.ksize * layer.ksize;
+}
+
+// The proxy's memory: all weights [out, in, k, k], then all biases [out], fp32, which outlives the
+// parameters.
+inline void set_proxy(LossParams& p, const float* next) {
+    for (int l = 0; l < p.layers; next += weights_of(p.layer[l++])) p.layer[l].weight = next;
+    for (int l = 0; l < p.layers; next += p.layer[l++].out) p.layer[l].bias = next;
+}
+
 }  // namespace semeda_fast

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -49,6 +50,7 @@ class Backend:
         by_name_on: device types on which it runs only where it is named: an interpreter is for tests.
         upsamples: (logits, target) -> whether it takes these logits smaller than the target and scales them up itself
             (None: none of any size); else torch does it before.
+        prepare: makes one function of the loss and its reduction, for eager calls of a kind (see eager.py), or is None.
         half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
     """
 
@@ -62,6 +64,7 @@ class Backend:
     checks_labels: bool = False
     by_name_on: tuple[str, ...] = ()
     upsamples: Callable[[Tensor, Tensor], bool] | None = None
+    prepare: Callable[..., Any] | None = None
     half_products: bool = False
 
     def refusal(self, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
@@ -113,6 +116,7 @@ class BackendInfo:
 
 
 _registry: dict[str, Backend] = {}
+_changes = 0  # of the registry
 _fallbacks: dict[str, None] = {}  # a set that keeps its order
 _failures: dict[str, None] = {}
 
@@ -121,13 +125,22 @@ def register(backend: Backend) -> None:
     """Add a backend, or replace the one of the same name. "auto" prefers those registered last."""
     if backend.name == "auto":
         raise ValueError("'auto' is no backend but the choice between them; register another name")
+    global _changes
     _registry.pop(backend.name, None)
     _registry[backend.name] = backend
+    _changes += 1
 
 
 def unregister(name: str) -> None:
     """Take a backend out of the registry."""
+    global _changes
     del _registry[name]
+    _changes += 1
+
+
+def changes() -> int:
+    """How often the registry has changed: a choice holds as long as this does."""
+    return _changes
 
 
 def names() -> tuple[str, ...]:
@@ -233,6 +246,7 @@ register(
         fused=True,
         checks_labels=True,
         upsamples=cpu.upsamples,
+        prepare=cpu.prepare,
     )
 )
 # Before "triton", so that "auto" takes that where both can, until the table "cuda against triton" of `make gpu`

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .config import FusedConfig
+from .config import FusedConfig, config_text, parse_config
 from .fused import FusedOps, Outputs, Problem, Saved, name_bad_labels, why_not_taken
-from .native import native_info, native_module
+from .native import dtype_code, native_info, native_module
 from .params import add_gradients, fill
 from .spec import LossSpec
+
+if TYPE_CHECKING:
+    from .eager import Inputs, Options
 
 WHOSE = "the fused CPU kernels"
 MAX_CLASSES = 1024  # csrc/cpu/api.h
@@ -100,4 +104,101 @@ def _backward(
     del keep
 
 
-run = FusedOps("cpu", WHOSE, ("CPU",), _saved, _forward, _backward).run
+_operators = FusedOps("cpu", WHOSE, ("CPU",), _saved, _forward, _backward)
+run = _operators.run
+
+
+class _PreparedCall:
+    """`eager.Prepared` by `EagerLoss` of csrc/cpu/eager.h, which writes and reads torch's scalars itself."""
+
+    def __init__(self, inputs: Inputs, proxy: Sequence[Tensor], config_of_call: str, options: Options) -> None:
+        module = native_module()
+        config = parse_config(config_of_call)
+        logits = inputs.logits
+        flat = logits.new_empty(0, dtype=torch.float32)
+        params, _ = fill(module, Problem(*inputs, flat, config))
+        weighted = inputs.class_weight is not None and not inputs.target.is_floating_point()
+        self._native = module.EagerLoss(
+            params,
+            [tensor.data_ptr() for tensor in proxy],
+            mean=options.reduction == "mean",
+            weighted=weighted,
+            nan_if_empty=options.empty == "nan",
+        )
+        self._kept_bytes: int = self._native.kept_bytes
+        self._saved = _saved(logits, inputs.target, config)
+        self._config = config_of_call
+        self._check_labels = config.check_labels
+        self._dtype = dtype_code(logits.dtype)
+        self._strides = _strides(inputs)
+
+    def forward(
+        self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        loss = inputs.logits.new_empty((), dtype=torch.float32)
+        kept = inputs.logits.new_empty(self._kept_bytes, dtype=torch.uint8) if save else None
+        record = self._native.forward(
+            _addresses(inputs, kept),
+            lambda_ce,
+            lambda_semeda,
+            loss.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if self._check_labels and record.bad_labels:
+            name_bad_labels(Problem(*inputs, loss, parse_config(self._config)))
+        return loss, kept, record
+
+    def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        if _strides(inputs) != self._strides:  # a hook has packed what was saved, and unpacked something else
+            return self.watched_backward(inputs, kept, record, d_loss)
+        d_logits = torch.empty_like(inputs.logits)
+        self._native.backward(
+            _addresses(inputs, kept),
+            record,
+            d_loss.data_ptr(),
+            d_logits.data_ptr(),
+            self._dtype,
+            d_logits.stride(),
+            torch.get_num_threads(),
+        )
+        return d_logits
+
+    def watched_backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        d_ce, d_semeda = (d_loss * factor for factor in self._native.seeds(record, 1.0))
+        saved_d_at, parameters_at = self._native.saved_d_at, self._native.parameters_at
+
+        def part(begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return kept[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+        codes = part(0, self._saved.codes, torch.uint8)
+        saved_d = part(saved_d_at, self._saved.saved_d, self._saved.dtype)
+        flat = kept[parameters_at:].view(torch.float32)
+        return _operators.gradient(d_ce, d_semeda, *inputs, flat, codes, saved_d, config=self._config)
+
+
+def _strides(inputs: Inputs) -> list[Any]:
+    return [None if tensor is None else tensor.stride() for tensor in inputs]
+
+
+def _addresses(inputs: Inputs, kept: Tensor | None) -> tuple[int, ...]:
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in (*inputs, kept)])
+
+
+def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, options: Options) -> _PreparedCall | None:
+    """What serves calls of this kind without torch around the kernels, or None where tensors need a copy first.
+
+    Args:
+        parameters: all of the proxy's weights, then all of its biases.
+    """
+    weight = inputs.class_weight
+    if inputs.target.is_floating_point() and inputs.target.dtype not in _SOFT:
+        return None
+    if not all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in parameters):
+        return None
+    if weight is not None and not (weight.dtype == torch.float32 and weight.is_contiguous()):
+        return None
+    weights = parameters[: len(parameters) // 2]
+    return _PreparedCall(inputs, parameters, config_text(weights, spec, options.validate == "auto"), options)
+
+
+_SOFT = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .eager import Inputs, Options, eager_loss
 from .proxy.network import EdgeProxy, check_layer_weights
 from .spec import LossTerms
 
@@ -88,8 +89,31 @@ def semeda_loss(
             "the proxy's weights are gone: it was on the meta device before to_empty(), and checkpoints do not hold "
             "it; build the SemedaLoss (or the EdgeProxy) again"
         )
+    chosen = proxy.distance if distance is None else distance
     if lambda_semeda is None:
-        lambda_semeda = default_lambda(proxy.distance if distance is None else distance)
+        lambda_semeda = default_lambda(chosen)
+    if not return_components and not torch.compiler.is_compiling():
+        loss = eager_loss(
+            Inputs(logits, target, valid_mask, weight),
+            proxy,
+            lambda_ce,
+            lambda_semeda,
+            Options(
+                layer_weights,
+                chosen,
+                ignore_index,
+                label_smoothing,
+                reduction,
+                mode,
+                from_logits,
+                empty,
+                upsample,
+                backend,
+                validate,
+            ),
+        )
+        if loss is not None:
+            return loss
     checks.check_options(
         lambda_ce=lambda_ce,
         lambda_semeda=lambda_semeda,
@@ -110,7 +134,6 @@ def semeda_loss(
             valid_mask = labelled
         elif valid_mask.shape == labelled.shape and valid_mask.dtype == torch.bool:  # else the checks object to it
             valid_mask = valid_mask & labelled
-    chosen = proxy.distance if distance is None else distance
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.
     run = torch.ops.semeda_fast.loss_terms if torch.compiler.is_compiling() else ops.loss_terms

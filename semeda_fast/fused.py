@@ -267,15 +267,21 @@ class FusedOps:
         if ctx.per_pixel and zero is not None:
             zero = zero.expand(target.shape[0], *target.shape[-2:])
         d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
-        tensors = (d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d)
-        inputs: tuple[Any, ...] = (*tensors, ctx.config)
-        if not torch.is_grad_enabled() and _plain(tensors):
-            d_logits = self._run_backward(*inputs)
-        elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            d_logits = self._backward_op(*inputs)
+        d_logits = self.gradient(
+            d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d, config=ctx.config
+        )
+        return d_logits, None, None, None, None, None, None
+
+    def gradient(self, *tensors: Tensor | None, config: str) -> Tensor:
+        """Backward for the tensors of its schema, by the operator where somebody would see it."""
+        inputs: tuple[Any, ...] = (*tensors, config)
+        if not torch.is_grad_enabled() and plain(tensors):
+            return self._run_backward(*inputs)
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            d_logits: Tensor = self._backward_op(*inputs)
         else:
             d_logits = _FunctionalBackward.apply(self, *inputs)
-        return d_logits, None, None, None, None, None, None
+        return d_logits
 
     def _no_forward_mode(self) -> None:
         raise NotImplementedError(
@@ -303,18 +309,20 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also while the 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
 
 
-def _plain(tensors: Sequence[Tensor | None]) -> bool:
+def plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nobody would see an operator: then its function is called, which saves the dispatcher's 50 us.
 
     A tensor of another class may watch operators itself, and need not have an address; where a sign is still to be
     turned (`z.conj().imag`), or several gradients lie in one tensor, the dispatcher makes the values first.
     """
-    return (
-        all(t is None or (type(t) in _PLAIN and not t.is_neg() and not _is_batched(t)) for t in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-        and not torch.autograd._profiler_enabled()  # a profile names operators
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or _is_batched(t)):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()  # a profile names operators
     )
 
 
@@ -323,7 +331,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:
-        run = operators._run_forward if _plain(inputs[:5]) else operators._forward_op
+        run = operators._run_forward if plain(inputs[:5]) else operators._forward_op
         output: tuple[Tensor, ...] = run(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.operators = operators

@@ -187,13 +187,13 @@ class SemedaLoss(Float32Buffers):
         return semeda_loss(
             logits,
             target,
-            self.proxy,
+            self._modules["proxy"],  # type: ignore[arg-type]  # by its name alone it takes a search through the module
             valid_mask=valid_mask,
             lambda_ce=self.lambda_ce,
             lambda_semeda=self.lambda_semeda,
             layer_weights=self.layer_weights,
             distance=self.distance,
-            weight=self.weight,
+            weight=self._buffers["weight"],
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,

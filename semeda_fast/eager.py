@@ -1,0 +1,198 @@
+"""The short way of an eager call: what shapes and options decide is decided once, and the loss is one function.
+
+A training step calls the loss between two large networks, which leave nothing of it in the caches. Then the general
+way (functional.py, ops.py, fused.py: checks, choice of a backend, operators, and a dozen small steps of torch) takes
+0.9 ms around the kernels, more than these need for an image of 64x64, and this way a third of that. It serves a number
+as the result, by a backend that has `prepare`; everything else, and whoever watches operators, takes the general way.
+Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .fused import plain
+from .proxy.network import EdgeProxy, check_layer_weights
+from .spec import LossSpec
+
+MAX_PREPARED = 64  # calls of one proxy that are remembered: of a size, dtypes and options
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call."""
+
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
+    class_weight: Tensor | None
+
+
+class Options(NamedTuple):
+    """Of `semeda_loss`, by the same names and as its caller gave them, but for the distance, which is chosen."""
+
+    layer_weights: Sequence[float] | None
+    distance: str
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    mode: str
+    from_logits: bool
+    empty: str
+    upsample: str | None
+    backend: str
+    validate: str
+
+
+class Prepared(Protocol):
+    """What a backend makes of one kind of call: of inputs of these shapes, strides and dtypes, and of one proxy.
+
+    It holds no inputs. The proxy's tensors lie where they lay, but may hold other values in each call.
+    """
+
+    def forward(
+        self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """The loss [], what is kept for backward where `save` says so, and a record of this call."""
+
+    def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        """The gradient of the logits; d_loss: [] of the loss's dtype."""
+
+    def watched_backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        """The same by an operator, for whoever watches these, or asks for what only they can say."""
+
+
+class _Calls(dict[Any, "tuple[Prepared | None, Sequence[Tensor]]"]):
+    """Of one proxy: key -> what was prepared, and the proxy's tensors, whose ids are part of the key."""
+
+    def __reduce__(self) -> Any:  # a copy of the proxy has tensors of its own
+        return _Calls, ()
+
+
+def eager_loss(
+    inputs: Inputs, proxy: EdgeProxy, lambda_ce: float | Tensor, lambda_semeda: float | Tensor, options: Options
+) -> Tensor | None:
+    """The loss [] as `semeda_loss` has it, or None where the general way is to be taken.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: as `semeda_loss` does.
+    """
+    if not plain(inputs) or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    if isinstance(lambda_ce, Tensor) or isinstance(lambda_semeda, Tensor):
+        return None
+    checks.check_lambda("lambda_ce", lambda_ce)
+    checks.check_lambda("lambda_semeda", lambda_semeda)
+    save = torch.is_grad_enabled() and inputs.logits.requires_grad
+    buffers = proxy._buffers
+    parameters: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]  # type: ignore[misc]
+    key = (
+        save,
+        options,
+        *[t if t is None else _facts(t) for t in inputs],
+        *[(id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad) for t in parameters],
+        proxy.layers,
+        proxy.tap,
+        proxy.layer_weights,
+        proxy.layer_scales(options.distance),
+        backends.changes(),
+    )
+    calls: _Calls | None = proxy.__dict__.get("_calls")
+    if calls is None:
+        calls = proxy._calls = _Calls()  # type: ignore[assignment]
+    try:
+        call = calls[key][0]
+    except KeyError:
+        if len(calls) >= MAX_PREPARED:
+            calls.clear()
+        call = _prepare(inputs, proxy, options)
+        calls[key] = (call, parameters)
+    except TypeError:  # an option that cannot be part of a key: a list, or nonsense
+        return None
+    if call is None:
+        return None
+    if save:
+        loss: Tensor = _EagerLoss.apply(call, lambda_ce, lambda_semeda, *inputs)
+        return loss
+    return call.forward(inputs, lambda_ce, lambda_semeda, False)[0]
+
+
+@functools.cache
+def _names(layers: int) -> tuple[str, ...]:
+    return (*[f"weight{i}" for i in range(layers)], *[f"bias{i}" for i in range(layers)])
+
+
+def _facts(t: Tensor) -> tuple[Any, ...]:
+    """What checks look at, and what says where values lie beside the address."""
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+
+
+def _prepare(inputs: Inputs, proxy: EdgeProxy, options: Options) -> Prepared | None:
+    """What the backend in charge makes of such a call, or None; the checks are those of `semeda_loss`."""
+    logits, target, valid, class_weight = inputs
+    checks.check_options(
+        lambda_ce=0.0,
+        lambda_semeda=0.0,
+        distance=options.distance,
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
+        reduction=options.reduction,
+        mode=options.mode,
+        empty=options.empty,
+        upsample=options.upsample,
+        validate=options.validate,
+    )
+    if options.reduction == "none" or options.validate == "always":
+        return None
+    if options.mode == "binary" and target.dim() == 4:
+        return None
+    layers, given = proxy.layers, options.layer_weights
+    spec = LossSpec(
+        layer_weights=proxy.layer_weights if given is None else check_layer_weights(given, len(layers)),
+        layer_scales=proxy.layer_scales(options.distance),
+        strides=tuple(layer.stride for layer in layers),
+        dilations=tuple(layer.dilation for layer in layers),
+        pools=tuple(layer.pool for layer in layers),
+        tap=proxy.tap,
+        distance=options.distance,
+        ignore_index=options.ignore_index,
+        label_smoothing=float(options.label_smoothing),
+        mode=options.mode,
+        from_logits=options.from_logits,
+        upsample=options.upsample is not None,
+    )
+    checks.check_tensors(logits, target, valid, class_weight, proxy.weights, spec)
+    backend = backends.choose(options.backend, logits, target, proxy.weights, spec)
+    if backend.prepare is None:
+        return None
+    if logits.shape[2:] != target.shape[-2:] and (backend.upsamples is None or not backend.upsamples(logits, target)):
+        return None
+    parameters = [*proxy.weights, *proxy.biases]
+    if not plain(parameters):
+        return None
+    prepared: Prepared | None = backend.prepare(inputs, parameters, spec, options)
+    return prepared
+
+
+class _EagerLoss(torch.autograd.Function):
+    """One node in the graph, from the logits to the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Prepared, lambda_ce: float, lambda_semeda: float, *inputs: Tensor | None) -> Tensor:
+        loss, kept, ctx.record = call.forward(Inputs(*inputs), lambda_ce, lambda_semeda, True)  # type: ignore[arg-type]
+        ctx.save_for_backward(*inputs, kept)
+        ctx.call = call
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, kept = ctx.saved_tensors
+        inputs = Inputs(*tensors)
+        quick = not torch.is_grad_enabled() and plain((*tensors, kept, d_loss))
+        run = ctx.call.backward if quick else ctx.call.watched_backward
+        return None, None, None, run(inputs, kept, ctx.record, d_loss), None, None, None
