@@ -79,7 +79,8 @@ inline py::class_<LossParams> define_params(py::module_& module) {
             "distance", [](const LossParams& p) { return static_cast<int>(p.distance); },
             [](LossParams& p, int distance) { p.distance = static_cast<Distance>(distance); })
         .def("add_layer", &add_layer)
-        .def("set_proxy", [](LossParams& p, std::uintptr_t address) { set_proxy(p, pointer<const float>(address)); });
+        .def("set_proxy",
+             [](LossParams& p, std::uintptr_t address) { set_proxy(p, pointer<const float>(address)); });
     def_address(params, "class_weight", &LossParams::class_weight);
     def_address(params, "ce_map", &LossParams::ce_map);
     def_address(params, "semeda_map", &LossParams::semeda_map);

@@ -139,7 +139,8 @@ void define_eager(py::module_& module) {
                  }
                  return EagerLoss(params, proxy, Reduction{mean, weighted, nan_if_empty});
              }),
-             py::arg("params"), py::arg("proxy"), py::kw_only(), py::arg("mean"), py::arg("weighted"), py::arg("nan_if_empty"))
+             py::arg("params"), py::arg("proxy"), py::kw_only(), py::arg("mean"), py::arg("weighted"),
+             py::arg("nan_if_empty"))
         .def_property_readonly("kept_bytes", &EagerLoss::kept_bytes)
         .def_property_readonly("saved_d_at", &EagerLoss::saved_d_at)
         .def_property_readonly("parameters_at", &EagerLoss::parameters_at)

@@ -79,15 +79,16 @@ def eager_loss(
 ) -> Tensor | None:
     """The loss [] as `semeda_loss` has it, or None where the general way is to be taken.
 
+    Args:
+        lambda_ce, lambda_semeda: checked by the caller.
+
     Raises:
         ValueError, TypeError, BackendUnavailableError: as `semeda_loss` does.
     """
-    if not plain(inputs) or torch.autograd.forward_ad._current_level >= 0:
+    if not plain(inputs) or torch.autograd.forward_ad._current_level >= 0 or proxy.lost:
         return None
     if isinstance(lambda_ce, Tensor) or isinstance(lambda_semeda, Tensor):
         return None
-    checks.check_lambda("lambda_ce", lambda_ce)
-    checks.check_lambda("lambda_semeda", lambda_semeda)
     save = torch.is_grad_enabled() and inputs.logits.requires_grad
     buffers = proxy._buffers
     parameters: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]  # type: ignore[misc]

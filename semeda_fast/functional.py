@@ -93,25 +93,22 @@ def semeda_loss(
     if lambda_semeda is None:
         lambda_semeda = default_lambda(chosen)
     if not return_components and not torch.compiler.is_compiling():
-        loss = eager_loss(
-            Inputs(logits, target, valid_mask, weight),
-            proxy,
-            lambda_ce,
-            lambda_semeda,
-            Options(
-                layer_weights,
-                chosen,
-                ignore_index,
-                label_smoothing,
-                reduction,
-                mode,
-                from_logits,
-                empty,
-                upsample,
-                backend,
-                validate,
-            ),
+        checks.check_lambda("lambda_ce", lambda_ce)
+        checks.check_lambda("lambda_semeda", lambda_semeda)
+        options = Options(
+            layer_weights,
+            chosen,
+            ignore_index,
+            label_smoothing,
+            reduction,
+            mode,
+            from_logits,
+            empty,
+            upsample,
+            backend,
+            validate,
         )
+        loss = eager_loss(Inputs(logits, target, valid_mask, weight), proxy, lambda_ce, lambda_semeda, options)
         if loss is not None:
             return loss
     checks.check_options(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, checks
+from .eager import Inputs, Options, eager_loss
 from .functional import LossComponents, default_lambda, semeda_loss
 from .proxy.network import EdgeProxy, Float32Buffers, check_layer_weights
 from .warmup import warmup
@@ -75,6 +76,7 @@ class SemedaLoss(Float32Buffers):
     """
 
     weight: Tensor | None
+    _options: Options | None = None  # of the short way
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lambda_ce", "lambda_semeda") and isinstance(value, nn.Parameter):
@@ -83,6 +85,7 @@ class SemedaLoss(Float32Buffers):
                 f"own and assign a tensor made of it before each step, such as criterion.{name} = log_weight.exp()"
             )
         super().__setattr__(name, value)
+        self.__dict__["_options"] = None  # made anew of what is assigned
 
     def __init__(
         self,
@@ -184,16 +187,26 @@ class SemedaLoss(Float32Buffers):
             return_components: return a LossComponents (loss, ce, semeda, per_layer, valid_count); all but
                 `loss` are detached, and everything stays on the device.
         """
+        if not return_components and not torch.compiler.is_compiling():
+            # By the name alone, `self.proxy` would take a search through the module.
+            proxy: EdgeProxy = self._modules["proxy"]  # type: ignore[assignment]
+            options = self._options
+            if options is None:
+                options = self.__dict__["_options"] = self._as_options()
+            inputs = Inputs(logits, target, valid_mask, self._buffers["weight"])
+            loss = eager_loss(inputs, proxy, self.lambda_ce, self.lambda_semeda, options)
+            if loss is not None:
+                return loss
         return semeda_loss(
             logits,
             target,
-            self._modules["proxy"],  # type: ignore[arg-type]  # by its name alone it takes a search through the module
+            self.proxy,
             valid_mask=valid_mask,
             lambda_ce=self.lambda_ce,
             lambda_semeda=self.lambda_semeda,
             layer_weights=self.layer_weights,
             distance=self.distance,
-            weight=self._buffers["weight"],
+            weight=self.weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
@@ -204,6 +217,21 @@ class SemedaLoss(Float32Buffers):
             backend=self.backend,
             validate=self.validate,
             return_components=return_components,
+        )
+
+    def _as_options(self) -> Options:
+        return Options(
+            layer_weights=self.layer_weights,
+            distance=self.distance,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            mode=self.mode,
+            from_logits=self.from_logits,
+            empty=self.empty,
+            upsample=self.upsample,
+            backend=self.backend,
+            validate=self.validate,
         )
 
     def warmup(

@@ -15,7 +15,7 @@ from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semeda_fast import SemedaLoss, backends, cpu, eager, functional, semeda_loss
+from semeda_fast import SemedaLoss, backends, cpu, eager, functional, loss, semeda_loss
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"
@@ -48,7 +48,8 @@ def general(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     class General:
         def __enter__(self) -> None:
-            patch.setattr(functional, "eager_loss", lambda *_: None)
+            for module in (functional, loss):
+                patch.setattr(module, "eager_loss", lambda *_: None)
 
         def __exit__(self, *_: object) -> None:
             patch.undo()
@@ -59,9 +60,9 @@ def general(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def step(criterion: Any, logits: Tensor, target: Tensor, scale: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
     z = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    loss = criterion(z, target, **options)
-    (gradient,) = torch.autograd.grad(loss, z, torch.full_like(loss, scale))
-    return loss.detach(), gradient
+    value = criterion(z, target, **options)
+    (gradient,) = torch.autograd.grad(value, z, torch.full_like(value, scale))
+    return value.detach(), gradient
 
 
 def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -270,19 +271,19 @@ def test_backward_uses_the_proxy_of_forward() -> None:
     proxy = make_proxy()
     logits, target = make_inputs()
     (expected,) = torch.autograd.grad(semeda_loss(logits, target, proxy, ignore_index=VOID), logits)
-    loss = semeda_loss(logits, target, proxy, ignore_index=VOID)
+    value = semeda_loss(logits, target, proxy, ignore_index=VOID)
     for weight in proxy.weights:
         weight.zero_()
-    assert torch.equal(torch.autograd.grad(loss, logits)[0], expected)
+    assert torch.equal(torch.autograd.grad(value, logits)[0], expected)
 
 
 def test_logits_changed_before_backward_are_an_error() -> None:
     logits, target = make_inputs()
     z = logits * 1.0
-    loss = SemedaLoss(make_proxy(), ignore_index=VOID)(z, target)
+    value = SemedaLoss(make_proxy(), ignore_index=VOID)(z, target)
     z.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        value.backward()
 
 
 @pytest.mark.parametrize("distance", ["l1", "l2"])
@@ -307,17 +308,17 @@ def test_saved_tensors_that_come_back_from_elsewhere(distance: str, short: list[
 def test_whoever_asks_for_more_is_served_by_the_operator(short: list[str]) -> None:
     logits, target = make_inputs()
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID)
-    loss = criterion(logits, target)
-    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    value = criterion(logits, target)
+    (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.square().sum().backward()
     scales = torch.tensor([1.0, 3.0])
     found = torch.autograd.grad(criterion(logits, target), logits, scales, is_grads_batched=True)[0]
     torch.testing.assert_close(found[1], 3 * found[0])
     torch.testing.assert_close(found[0], gradient.detach())
-    loss = criterion(logits, target)
+    value = criterion(logits, target)
     with _Watcher():
-        (watched,) = torch.autograd.grad(loss, logits)
+        (watched,) = torch.autograd.grad(value, logits)
     torch.testing.assert_close(watched, gradient.detach())
     assert short.count("watched_backward") == 3
     assert "backward" not in short

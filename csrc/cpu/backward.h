@@ -31,7 +31,7 @@ struct BackwardScratch {
             needs.cover(conv);
         }
         d_p = take_ring(arena, plan, BLOCK_ROWS, p.classes);
-        for (float*& row : z) row = take_row(arena, plan, p.classes);
+        for (float*& row : z) row = take_ring(arena, plan, 1, p.classes).base;
         if (p.soft) q = take_row(arena, plan, p.classes);
         const std::size_t columns = static_cast<std::size_t>(plan.units) * UNIT;
         labels.label = arena.take<std::int16_t>(columns);
@@ -40,7 +40,7 @@ struct BackwardScratch {
         g = take_row(arena, plan);
         zeros = take_row(arena, plan);
         for (float*& row : upstream) row = take_row(arena, plan);
-        nowhere = take_row(arena, plan, widest);
+        nowhere = take_ring(arena, plan, 1, widest).base;
         if (p.logits_h > 0) {
             upsampler = Upsampler(plan, arena);
             downsampler = Downsampler(plan, arena);
@@ -145,12 +145,12 @@ struct StoreEpilogue {
 
 class BackwardTask {
   public:
-    BackwardTask(const Plan& plan, std::int64_t task, void* scratch, float* partial)
+    BackwardTask(const Plan& plan, std::int64_t task, void* scratch, bool zero, float* partial)
         : plan_(plan),
           p_(*plan.params),
           win_(plan, task),
           cw_(p_),
-          arena_{static_cast<char*>(scratch), 0},
+          arena_{static_cast<char*>(scratch), zero, 0},
           s_(plan, arena_) {
         const auto* d_semeda = static_cast<const float*>(p_.d_semeda.data);
         scale_ = p_.d_semeda_is_map ? 1.0f : *d_semeda;
@@ -160,6 +160,8 @@ class BackwardTask {
             s_.downsampler.set_window(win_, partial);
         }
         for (int l = 0; l < p_.layers; ++l) products_ += products_of(plan.bwd[l], win_.units);
+        forget(s_.d_p, win_.width);
+        for (int l = 0; l < p_.layers; ++l) forget(s_.d_t[l], win_.width);
     }
 
     void run() {

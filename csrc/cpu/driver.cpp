@@ -68,9 +68,13 @@ const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(tr
 #endif
 
 // Scratch of this thread, kept from call to call so that no call faults its pages in anew.
-PlanMemory& scratch_of_thread() {
-    thread_local PlanMemory memory;
-    return memory;
+struct Scratch {
+    PlanMemory memory;
+    std::uint64_t zeroed_for = 0;  // the number of the run_tasks that zeroed it last
+};
+Scratch& scratch_of_thread() {
+    thread_local Scratch scratch;
+    return scratch;
 }
 
 struct CallMemory {
@@ -81,9 +85,14 @@ CallMemory& memory_of_caller() {
     return memory;
 }
 
-// task(i, scratch) for i in [0, tasks), in any order, on up to `threads` threads.
+std::atomic<std::uint64_t> runs{0};  // of run_tasks, whatever its tasks
+
+// task(i, scratch, zero) for i in [0, tasks), in any order, on up to `threads` threads. Scratch is zero where
+// tasks are not `alike`. Those that are lay it out alike, and leave zero what they expect to be zero; a
+// thread's first one is told to zero that itself.
 template <class Task>
-void run_tasks(std::int64_t tasks, int threads, std::size_t scratch_bytes, const Task& task) {
+void run_tasks(std::int64_t tasks, bool alike, int threads, std::size_t scratch_bytes, const Task& task) {
+    const std::uint64_t number = ++runs;
     const std::size_t floats = scratch_bytes / sizeof(float) + 1;
     const int team =
         forked.load() ? 1 : static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), tasks));
@@ -91,12 +100,18 @@ void run_tasks(std::int64_t tasks, int threads, std::size_t scratch_bytes, const
     const auto one = [&](std::int64_t i) {
         if (out_of_memory.load(std::memory_order_relaxed)) return;
         try {
-            float* scratch = scratch_of_thread().floats(floats);
+            Scratch& own = scratch_of_thread();
+            float* scratch = own.memory.floats(floats);
 #if defined(SEMEDA_REDZONES)
             ASAN_UNPOISON_MEMORY_REGION(scratch, scratch_bytes);  // as the last task left it
 #endif
-            std::memset(scratch, 0, scratch_bytes);
-            task(i, scratch);
+            const bool first = own.zeroed_for != number;
+            own.zeroed_for = number;
+#if defined(SEMEDA_REDZONES)
+            if (first) std::memset(scratch, 0xFF, scratch_bytes);
+#endif
+            if (!alike) std::memset(scratch, 0, scratch_bytes);
+            task(i, scratch, !alike || !first);
         } catch (const std::bad_alloc&) {  // no exception may leave a parallel region
             out_of_memory.store(true);
         }
@@ -179,8 +194,10 @@ void forward(const LossParams& p) {
     const std::int64_t rows = p.n * p.h * plan.strips;
     double* sums =
         reinterpret_cast<double*>(memory.sums.floats(static_cast<std::size_t>(rows) * width * 2 + 2));
-    run_tasks(plan.tasks, p.threads, k.forward_scratch(plan),
-              [&](std::int64_t task, void* scratch) { k.forward_task(plan, task, scratch, sums); });
+    run_tasks(plan.tasks, plan.strips == 1, p.threads, k.forward_scratch(plan),
+              [&](std::int64_t task, void* scratch, bool zero) {
+                  k.forward_task(plan, task, scratch, zero, sums);
+              });
     double total[SUM_LAYERS + MAX_LAYERS] = {};
     for (std::int64_t row = 0; row < rows; ++row) {
         for (int i = 0; i < width; ++i) total[i] += sums[row * width + i];
@@ -208,12 +225,14 @@ void backward(const LossParams& p) {
     float* partial = upsampled
                          ? memory.partial.floats(static_cast<std::size_t>(plan.tasks * plan.partial_floats))
                          : nullptr;
-    run_tasks(plan.tasks, p.threads, k.backward_scratch(plan), [&](std::int64_t task, void* scratch) {
-        k.backward_task(plan, task, scratch, upsampled ? partial + task * plan.partial_floats : nullptr);
-    });
+    run_tasks(plan.tasks, plan.strips == 1, p.threads, k.backward_scratch(plan),
+              [&](std::int64_t task, void* scratch, bool zero) {
+                  k.backward_task(plan, task, scratch, zero,
+                                  upsampled ? partial + task * plan.partial_floats : nullptr);
+              });
     if (!upsampled) return;
-    run_tasks(p.n * p.logits_h, p.threads, k.gather_scratch(plan),
-              [&](std::int64_t row, void* scratch) { k.gather_partial(plan, row, scratch, partial); });
+    run_tasks(p.n * p.logits_h, false, p.threads, k.gather_scratch(plan),
+              [&](std::int64_t row, void* scratch, bool) { k.gather_partial(plan, row, scratch, partial); });
 }
 
 double fma_peak(int threads) {

@@ -55,7 +55,8 @@ EagerResult EagerLoss::forward(const EagerTensors& tensors, float lambda_ce, flo
     for (int i = 0; i < 2 * params_.layers; ++i) {
         const Layer& layer = params_.layer[i % params_.layers];
         const std::int64_t count = i < params_.layers ? weights_of(layer) : layer.out;
-        std::memcpy(next, proxy_[static_cast<std::size_t>(i)], static_cast<std::size_t>(count) * sizeof(float));
+        std::memcpy(next, proxy_[static_cast<std::size_t>(i)],
+                    static_cast<std::size_t>(count) * sizeof(float));
         next += count;
     }
     LossParams p = with(tensors, parameters);
@@ -95,8 +96,8 @@ void EagerLoss::seeds(const EagerResult& result, float d_loss, float& d_ce, floa
 
 void EagerLoss::backward(const EagerTensors& tensors, const EagerResult& result, float d_loss,
                          const View& d_logits) const {
-    LossParams p = with(tensors, reinterpret_cast<const float*>(
-                                     static_cast<const char*>(tensors.kept) + parameters_at_));
+    LossParams p = with(
+        tensors, reinterpret_cast<const float*>(static_cast<const char*>(tensors.kept) + parameters_at_));
     float d_ce, d_semeda;
     seeds(result, d_loss, d_ce, d_semeda);
     p.d_ce.data = &d_ce;

@@ -62,11 +62,11 @@ struct ForwardScratch {
         zeros = take_row(arena, plan);
         ce = take_row(arena, plan);
         for (float*& row : sums) row = take_row(arena, plan);
-        nowhere = take_row(arena, plan, widest);
+        nowhere = take_ring(arena, plan, 1, widest).base;
         // As far apart as real codes and differences of a unit are.
         const std::size_t of_codes = static_cast<std::size_t>(3 * widest) * plan.plane_bytes / sizeof(float);
         const std::size_t of_saved = static_cast<std::size_t>(widest) * UNIT;
-        code_nowhere = arena.take<float>(of_codes > of_saved ? of_codes : of_saved);
+        code_nowhere = arena.take_raw<float>(of_codes > of_saved ? of_codes : of_saved);
         if (p.logits_h > 0) upsampler = Upsampler(plan, arena);
         conv = needs.take(arena);
         rows = arena.take<RowRef>(BLOCK_ROWS + needs.tallest);
@@ -84,17 +84,21 @@ struct ForwardScratch {
 
 class ForwardTask {
   public:
-    ForwardTask(const Plan& plan, std::int64_t task, void* scratch, double* sums)
+    ForwardTask(const Plan& plan, std::int64_t task, void* scratch, bool zero, double* sums)
         : plan_(plan),
           p_(*plan.params),
           win_(plan, task),
           cw_(p_),
-          arena_{static_cast<char*>(scratch), 0},
+          arena_{static_cast<char*>(scratch), zero, 0},
           s_(plan, arena_),
           sums_(sums) {
         s_.conv.ahead = &ahead_;
         if (p_.logits_h > 0) s_.upsampler.set_window(win_, 0, win_.width);
         for (int l = 0; l < p_.layers; ++l) products_ += products_of(plan.fwd[l], win_.units);
+        for (const Ring& ring : {s_.e, s_.q}) forget(ring, win_.width);
+        for (int l = 0; l < p_.layers; ++l) {
+            for (const Ring& ring : {s_.b[l], s_.tq[l]}) forget(ring, win_.width);
+        }
     }
 
     void run() {

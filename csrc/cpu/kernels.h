@@ -47,12 +47,12 @@ std::size_t scratch_bytes(const Plan& plan) {
     return arena.used;
 }
 
-void forward_task(const Plan& plan, std::int64_t task, void* scratch, double* sums) {
-    ForwardTask(plan, task, scratch, sums).run();
+void forward_task(const Plan& plan, std::int64_t task, void* scratch, bool zero, double* sums) {
+    ForwardTask(plan, task, scratch, zero, sums).run();
 }
 
-void backward_task(const Plan& plan, std::int64_t task, void* scratch, float* partial) {
-    BackwardTask(plan, task, scratch, partial).run();
+void backward_task(const Plan& plan, std::int64_t task, void* scratch, bool zero, float* partial) {
+    BackwardTask(plan, task, scratch, zero, partial).run();
 }
 
 // Independent chains of fused multiply-adds in registers, as many as hide their latency.

@@ -238,24 +238,38 @@ float* PlanMemory::floats(std::size_t count) {
 namespace {
 
 // All that packed weights and tables depend on: every weight, not its address, which may be another proxy's
-// by now.
-std::vector<char> key_of(const LossParams& p, const Kernels& kernels) {
-    std::vector<char> key;
-    const auto add = [&](const void* data, std::size_t bytes) {
-        const char* from = static_cast<const char*>(data);
-        key.insert(key.end(), from, from + bytes);
-    };
+// by now. each(data, bytes) takes it piece by piece.
+template <class Each>
+void each_piece_of_key(const LossParams& p, const Kernels& kernels, const Each& each) {
     const int head[] = {kernels.max_block, kernels.max_block_2d,    p.layers,
                         p.classes,         static_cast<int>(p.tap), static_cast<int>(p.soft)};
-    add(head, sizeof(head));
+    each(head, sizeof(head));
     for (int l = 0; l < p.layers; ++l) {
         const Layer& layer = p.layer[l];
         const int shape[] = {layer.in, layer.out, layer.ksize};
-        add(shape, sizeof(shape));
-        const std::size_t taps = static_cast<std::size_t>(layer.ksize) * layer.ksize;
-        add(layer.weight, sizeof(float) * taps * layer.in * layer.out);
-        add(layer.bias, sizeof(float) * layer.out);
+        each(shape, sizeof(shape));
+        each(layer.weight, sizeof(float) * static_cast<std::size_t>(weights_of(layer)));
+        each(layer.bias, sizeof(float) * static_cast<std::size_t>(layer.out));
     }
+}
+
+// Compared where it lies: a copy in each call would cost more than the comparison.
+bool is_known(const LossParams& p, const Kernels& kernels, const std::vector<char>& key) {
+    std::size_t at = 0;
+    bool same = true;
+    each_piece_of_key(p, kernels, [&](const void* data, std::size_t bytes) {
+        same = same && at + bytes <= key.size() && !std::memcmp(key.data() + at, data, bytes);
+        at += bytes;
+    });
+    return same && at == key.size();
+}
+
+std::vector<char> key_of(const LossParams& p, const Kernels& kernels) {
+    std::vector<char> key;
+    each_piece_of_key(p, kernels, [&](const void* data, std::size_t bytes) {
+        const char* from = static_cast<const char*>(data);
+        key.insert(key.end(), from, from + bytes);
+    });
     return key;
 }
 
@@ -308,8 +322,7 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
     }
     char* base = reinterpret_cast<char*>(memory.floats(count.used / sizeof(float) + LINE));
     float* packed = reinterpret_cast<float*>(base);
-    std::vector<char> key = key_of(p, kernels);
-    const bool known = memory.is_known(key);
+    const bool known = is_known(p, kernels, memory.key());
     if (!known) memory.remember({});
     const auto pack_next = [&](Conv& conv, int l) {
         if (!known) pack(conv, p.layer[l].weight, backward, packed);
@@ -339,7 +352,7 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
         }
     }
 
-    memory.remember(std::move(key));
+    if (!known) memory.remember(key_of(p, kernels));
 
     plan.margin = static_cast<int>(round_up(widest_pad, UNIT));
     // The right margin is read by the last unaligned vector, too. An odd number of cache lines keeps channels

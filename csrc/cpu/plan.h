@@ -9,6 +9,7 @@
 // the layer before, so a task's activations stay in cache whatever the image's height.
 #pragma once
 
+#include <cstring>
 #include <vector>
 
 #include "api.h"
@@ -64,12 +65,20 @@ constexpr std::size_t REDZONE = 256;
 constexpr std::size_t REDZONE = 0;
 #endif
 
-// Hands out cache-line-aligned parts of a buffer; with base null it only counts.
+// Hands out cache-line-aligned parts of a buffer; with base null it only counts. Where the buffer is not zero
+// already, take() makes its part so, and take_raw() leaves that to its caller.
 struct Arena {
     char* base = nullptr;
+    bool zero = true;
     std::size_t used = 0;
     template <class T>
     T* take(std::size_t count) {
+        T* p = take_raw<T>(count);
+        if (p && !zero) std::memset(static_cast<void*>(p), 0, count * sizeof(T));
+        return p;
+    }
+    template <class T>
+    T* take_raw(std::size_t count) {
         T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
         const std::size_t end = used + (count * sizeof(T) + 63) / 64 * 64 + REDZONE;
 #if defined(SEMEDA_REDZONES)
@@ -117,8 +126,8 @@ class PlanMemory {
     ~PlanMemory();
     // At least `count` floats on a cache line; the same as before, content too, unless it has to grow.
     float* floats(std::size_t count);
-    // Whether what lies there was made for this key, byte for byte.
-    bool is_known(const std::vector<char>& key) const { return key == key_; }
+    // What lies there was made for.
+    const std::vector<char>& key() const { return key_; }
     // To be called when all of it is made: an error before must not leave a key without its content.
     void remember(std::vector<char> key) { key_.swap(key); }
 
@@ -133,7 +142,7 @@ struct Kernels;
 // Packs forward or backward weights for these kernels.
 Plan make_plan(const LossParams& params, bool backward, const Kernels& kernels, PlanMemory& memory);
 
-// What an instruction set's file offers. Scratch is zeroed by the task itself.
+// What an instruction set's file offers. Scratch is zero, or else the task zeroes of it what it must.
 struct Kernels {
     const char* name;
     int max_block, max_block_2d;  // the most output channels that registers hold; in winograd_2d
@@ -141,10 +150,10 @@ struct Kernels {
     std::size_t (*backward_scratch)(const Plan&);
     std::size_t (*gather_scratch)(const Plan&);
     // Sums of the task's rows go to sums + (row of the batch * strips + strip) * (SUM_LAYERS + L).
-    void (*forward_task)(const Plan&, std::int64_t task, void* scratch, double* sums);
+    void (*forward_task)(const Plan&, std::int64_t task, void* scratch, bool zero, double* sums);
     // Gradients of logits that are scaled up go to partial + task * partial_floats, and gather_partial makes
     // each row of d_logits (counted over the batch) of all tasks' parts.
-    void (*backward_task)(const Plan&, std::int64_t task, void* scratch, float* partial);
+    void (*backward_task)(const Plan&, std::int64_t task, void* scratch, bool zero, float* partial);
     void (*gather_partial)(const Plan&, std::int64_t row, void* scratch, const float* partial);
     double (*fma_loop)(std::int64_t rounds);  // returns FLOP done
 };

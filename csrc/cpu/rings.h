@@ -8,6 +8,19 @@ struct Ring {
     float* row(std::int64_t y) const { return base + (y % rows) * channels * pitch; }
 };
 
+// For sanitizers: of what an earlier task has left, nothing may be read.
+inline void forget(const Ring& ring, int width) {
+#if defined(SEMEDA_REDZONES)
+    for (std::ptrdiff_t row = 0; ring.base && row < ring.rows * ring.channels; ++row) {
+        for (int x = 0; x < width; ++x)
+            ring.base[row * ring.pitch + x] = std::numeric_limits<float>::quiet_NaN();
+    }
+#else
+    static_cast<void>(ring);
+    static_cast<void>(width);
+#endif
+}
+
 template <class Epilogue>
 inline void convolve_relu(bool relu_first, const Conv& conv, const RowRef* rows, int begin, int end,
                           const ConvScratch& scratch, Epilogue& epilogue) {
@@ -28,7 +41,8 @@ struct ConvNeeds {
         tallest = tallest > conv.ksize ? tallest : conv.ksize;
     }
     ConvScratch take(Arena& arena) const {
-        return {arena.take<float>(u), arena.take<float>(m), arena.take<float>(FLOATS_OF_Y), nullptr};
+        return {arena.take_raw<float>(u), arena.take_raw<float>(m), arena.take_raw<float>(FLOATS_OF_Y),
+                nullptr};
     }
 };
 
@@ -45,15 +59,30 @@ inline void input_rows(const Conv& conv, const Ring& ring, std::int64_t y, int r
     }
 }
 
+// Of what is not zero only the margins are made so, and the last unit, which may reach beyond the image: all
+// else is written before it is read.
 inline Ring take_ring(Arena& arena, const Plan& plan, int rows, int channels) {
     Ring ring{nullptr, rows, channels, plan.pitch};
-    float* base = arena.take<float>(static_cast<std::size_t>(rows) * channels * plan.pitch);
-    ring.base = base ? base + plan.margin : nullptr;
+    const std::ptrdiff_t lines = static_cast<std::ptrdiff_t>(rows) * channels;
+    float* base = arena.take_raw<float>(static_cast<std::size_t>(lines * plan.pitch));
+    if (!base) return ring;
+    ring.base = base + plan.margin;
+    if (arena.zero) return ring;
+    const std::ptrdiff_t written = static_cast<std::ptrdiff_t>(plan.units - 1) * UNIT;
+    const std::ptrdiff_t gap = plan.pitch - written;  // from there to the next line
+    if (lines > 0) std::memset(base, 0, sizeof(float) * static_cast<std::size_t>(plan.margin));
+    for (std::ptrdiff_t line = 0; line < lines; ++line) {
+        const std::ptrdiff_t size = line + 1 < lines ? gap : gap - plan.margin;
+        std::memset(ring.base + line * plan.pitch + written, 0,
+                    sizeof(float) * static_cast<std::size_t>(size));
+    }
     return ring;
 }
 
+// Rows of zeros.
 inline float* take_row(Arena& arena, const Plan& plan, int channels = 1) {
-    return take_ring(arena, plan, 1, channels).base;
+    float* base = arena.take<float>(static_cast<std::size_t>(channels * plan.pitch));
+    return base ? base + plan.margin : nullptr;
 }
 
 inline int next_pad(const LossParams& p, int layer) {

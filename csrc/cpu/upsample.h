@@ -225,7 +225,7 @@ struct GatherScratch {
 
 inline void gather_partial(const Plan& plan, std::int64_t number, void* scratch, const float* partial) {
     const LossParams& p = *plan.params;
-    Arena arena{static_cast<char*>(scratch), 0};
+    Arena arena{static_cast<char*>(scratch), true, 0};
     const GatherScratch s(plan, arena);
     const std::int64_t n = number / p.logits_h, i = number % p.logits_h;
     const int channels = channels_of(p);
