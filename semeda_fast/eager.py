@@ -1,4 +1,4 @@
-"""The short way of an eager call: what shapes and options decide is decided once, and the loss is one function.
+"""The short way of an eager call on the CPU: what shapes and options decide is decided once, and the loss is one node.
 
 A training step calls the loss between two large networks, which leave nothing of it in the caches. Then the general
 way (functional.py, ops.py, fused.py: checks, choice of a backend, operators, and a dozen small steps of torch) takes
@@ -67,8 +67,15 @@ class Prepared(Protocol):
         """The same by an operator, for whoever watches these, or asks for what only they can say."""
 
 
-class _Calls(dict[Any, "tuple[Prepared | None, Sequence[Tensor]]"]):
-    """Of one proxy: key -> what was prepared, and the proxy's tensors, whose ids are part of the key."""
+_UNKNOWN: Any = object()
+
+
+class _Calls(dict[Any, Prepared | None]):
+    """What was prepared for one proxy, as long as that stays what it was then."""
+
+    def __init__(self) -> None:
+        self.proxy: tuple[Any, ...] = ()
+        self.tensors: list[Tensor] = []  # whose ids are part of `proxy`
 
     def __reduce__(self) -> Any:  # a copy of the proxy has tensors of its own
         return _Calls, ()
@@ -89,32 +96,34 @@ def eager_loss(
         return None
     if isinstance(lambda_ce, Tensor) or isinstance(lambda_semeda, Tensor):
         return None
+    for t in inputs:
+        if t is not None and not t.is_cpu:  # elsewhere nobody waits for Python, and scalars cannot be read
+            return None
+    if inputs.logits is None or inputs.target is None:
+        return None  # type: ignore[unreachable]  # a mistake, which the general way names
     save = torch.is_grad_enabled() and inputs.logits.requires_grad
-    buffers = proxy._buffers
-    parameters: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]  # type: ignore[misc]
-    key = (
-        save,
-        options,
-        *[t if t is None else _facts(t) for t in inputs],
-        *[(id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad) for t in parameters],
-        proxy.layers,
-        proxy.tap,
-        proxy.layer_weights,
-        proxy.layer_scales(options.distance),
-        backends.changes(),
-    )
     calls: _Calls | None = proxy.__dict__.get("_calls")
     if calls is None:
         calls = proxy._calls = _Calls()  # type: ignore[assignment]
+    buffers = proxy._buffers
+    tensors: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]  # type: ignore[misc]
+    state = (
+        [(id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad) for t in tensors],
+        proxy.layers,
+        proxy.tap,
+        proxy.layer_weights,
+        backends.changes(),
+    )
+    if calls.proxy != state or len(calls) > MAX_PREPARED:
+        calls.clear()
+        calls.proxy, calls.tensors = state, tensors
+    key = (save, options, proxy.layer_scales(options.distance), *[t if t is None else _facts(t) for t in inputs])
     try:
-        call = calls[key][0]
-    except KeyError:
-        if len(calls) >= MAX_PREPARED:
-            calls.clear()
-        call = _prepare(inputs, proxy, options)
-        calls[key] = (call, parameters)
+        call = calls.get(key, _UNKNOWN)
     except TypeError:  # an option that cannot be part of a key: a list, or nonsense
         return None
+    if call is _UNKNOWN:
+        call = calls[key] = _prepare(inputs, proxy, options)
     if call is None:
         return None
     if save:
@@ -130,7 +139,7 @@ def _names(layers: int) -> tuple[str, ...]:
 
 def _facts(t: Tensor) -> tuple[Any, ...]:
     """What checks look at, and what says where values lie beside the address."""
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+    return t.shape, t.stride(), t.dtype, t.requires_grad
 
 
 def _prepare(inputs: Inputs, proxy: EdgeProxy, options: Options) -> Prepared | None:
