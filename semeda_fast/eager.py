@@ -101,7 +101,6 @@ def eager_loss(
             return None
     if inputs.logits is None or inputs.target is None:
         return None  # type: ignore[unreachable]  # a mistake, which the general way names
-    save = torch.is_grad_enabled() and inputs.logits.requires_grad
     calls: _Calls | None = proxy.__dict__.get("_calls")
     if calls is None:
         calls = proxy._calls = _Calls()  # type: ignore[assignment]
@@ -117,7 +116,7 @@ def eager_loss(
     if calls.proxy != state or len(calls) > MAX_PREPARED:
         calls.clear()
         calls.proxy, calls.tensors = state, tensors
-    key = (save, options, proxy.layer_scales(options.distance), *[t if t is None else _facts(t) for t in inputs])
+    key = (options, proxy.layer_scales(options.distance), *[t if t is None else _facts(t) for t in inputs])
     try:
         call = calls.get(key, _UNKNOWN)
     except TypeError:  # an option that cannot be part of a key: a list, or nonsense
@@ -126,7 +125,7 @@ def eager_loss(
         call = calls[key] = _prepare(inputs, proxy, options)
     if call is None:
         return None
-    if save:
+    if torch.is_grad_enabled() and inputs.logits.requires_grad:
         loss: Tensor = _EagerLoss.apply(call, lambda_ce, lambda_semeda, *inputs)
         return loss
     return call.forward(inputs, lambda_ce, lambda_semeda, False)[0]

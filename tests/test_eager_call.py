@@ -103,9 +103,12 @@ def test_the_bits_of_the_general_way(kind: str, tap: str, short: list[str], gene
         with general:
             same(found, step(criterion, z, target, 0.37))
         assert not short
+        for leaf, requires_grad in ((z.detach(), False), (z, True)):  # first one that needs no gradient
+            with torch.set_grad_enabled(requires_grad):
+                assert torch.equal(criterion(leaf, target).detach(), found[0])
         with torch.no_grad():
             assert torch.equal(criterion(z, target), found[0])
-        assert short == ["forward"]
+        assert short == ["forward"] * 3
         short.clear()
 
 
@@ -179,16 +182,18 @@ def test_which_calls_go_the_general_way(short: list[str]) -> None:
     assert goes_short()
 
 
-def test_what_changes_between_calls_is_seen(general: Any) -> None:
+def test_what_changes_between_calls_is_seen(general: Any, short: list[str]) -> None:
     """Everything that a prepared call could have remembered, changed one after the other."""
     proxy = make_proxy()
     criterion = SemedaLoss(proxy, ignore_index=VOID)
     logits, target = make_inputs()
     last = step(criterion, logits, target)
 
-    def changed() -> None:
+    def changed(short_way: bool = True) -> None:
         nonlocal last
+        short.clear()
         found = step(criterion, logits, target)
+        assert bool(short) == short_way
         with general:
             same(found, step(criterion, logits, target))
         assert not torch.equal(found[0], last[0])
@@ -199,6 +204,8 @@ def test_what_changes_between_calls_is_seen(general: Any) -> None:
     proxy.weights[1].data = proxy.weights[1].flip(2).contiguous()
     changed()
     proxy.weights[1].data = proxy.weights[1].transpose(2, 3)
+    changed(short_way=False)  # not contiguous
+    proxy.weights[1].data = proxy.weights[1].contiguous() * 1.1
     changed()
     proxy.bias0 = torch.full_like(proxy.biases[0], 0.3)
     changed()
@@ -225,6 +232,16 @@ def test_what_changes_between_calls_is_seen(general: Any) -> None:
     target = target.to(torch.uint8)[:, :, :9].contiguous()
     logits = logits[:, :, :, :9]
     changed()
+
+
+def test_layer_weights_of_the_proxy_may_change() -> None:
+    proxy = make_proxy()
+    logits, target = make_inputs()
+    before = semeda_loss(logits, target, proxy, ignore_index=VOID)
+    proxy.layer_weights = (2.0, 1.0, 0.0)
+    after = semeda_loss(logits, target, proxy, ignore_index=VOID)
+    assert after != before
+    assert after == semeda_loss(logits, target, proxy, ignore_index=VOID, layer_weights=(2.0, 1.0, 0.0))
 
 
 def test_the_registry_is_asked_again_after_a_change(short: list[str]) -> None:
@@ -344,6 +361,17 @@ def loss_of(proxy: EdgeProxy) -> Tensor:
     value = semeda_loss(logits, target, proxy, ignore_index=VOID)
     assert isinstance(value, Tensor)
     return value.detach()
+
+
+def test_a_gradient_after_a_call_without_one() -> None:
+    logits, target = make_inputs()
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID)
+    with torch.no_grad():
+        alone = criterion(logits, target)
+    found, gradient = step(criterion, logits, target)
+    assert torch.equal(found, alone)
+    assert gradient.any()
+    assert not criterion(logits.detach(), target).requires_grad
 
 
 def test_a_schedule_prepares_nothing_anew() -> None:

@@ -288,6 +288,12 @@ struct Judge {
     }
 };
 
+}  // namespace
+
+#include "sanitize_eager.h"
+
+namespace {
+
 struct Coverage {
     int runs = 0, strips = 0, chunks = 0, both = 0, findings = 0;
 };
@@ -331,6 +337,7 @@ void run(const Case& c, Coverage& seen) {
             judge.same_codes(result->codes, first->codes);
             judge.expect(result->counts.same(first->counts), "counts");
         }
+        run_eager(problem, *result, judge);
         const Forward& saved = first ? *first : *result;
         auto gradient = std::make_unique<Tensor>(backward_of(problem, saved, 1, 0xFF));
         judge.expect(gradient->block.same(backward_of(problem, saved, 3, 0x00).block),
