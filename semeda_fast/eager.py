@@ -92,6 +92,8 @@ def eager_loss(
     Raises:
         ValueError, TypeError, BackendUnavailableError: as `semeda_loss` does.
     """
+    if options.reduction == "none" or options.validate == "always":
+        return None
     if not plain(inputs) or torch.autograd.forward_ad._current_level >= 0 or proxy.lost:
         return None
     if isinstance(lambda_ce, Tensor) or isinstance(lambda_semeda, Tensor):
@@ -156,8 +158,6 @@ def _prepare(inputs: Inputs, proxy: EdgeProxy, options: Options) -> Prepared | N
         upsample=options.upsample,
         validate=options.validate,
     )
-    if options.reduction == "none" or options.validate == "always":
-        return None
     if options.mode == "binary" and target.dim() == 4:
         return None
     layers, given = proxy.layers, options.layer_weights

@@ -192,7 +192,7 @@ class SemedaLoss(Float32Buffers):
             proxy: EdgeProxy = self._modules["proxy"]  # type: ignore[assignment]
             options = self._options
             if options is None:
-                options = self.__dict__["_options"] = self._as_options()
+                options = self.__dict__["_options"] = Options(**self._choices())
             inputs = Inputs(logits, target, valid_mask, self._buffers["weight"])
             loss = eager_loss(inputs, proxy, self.lambda_ce, self.lambda_semeda, options)
             if loss is not None:
@@ -204,35 +204,25 @@ class SemedaLoss(Float32Buffers):
             valid_mask=valid_mask,
             lambda_ce=self.lambda_ce,
             lambda_semeda=self.lambda_semeda,
-            layer_weights=self.layer_weights,
-            distance=self.distance,
             weight=self.weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            mode=self.mode,
-            from_logits=self.from_logits,
-            empty=self.empty,
-            upsample=self.upsample,
-            backend=self.backend,
-            validate=self.validate,
             return_components=return_components,
+            **self._choices(),
         )
 
-    def _as_options(self) -> Options:
-        return Options(
-            layer_weights=self.layer_weights,
-            distance=self.distance,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            mode=self.mode,
-            from_logits=self.from_logits,
-            empty=self.empty,
-            upsample=self.upsample,
-            backend=self.backend,
-            validate=self.validate,
-        )
+    def _choices(self) -> dict[str, Any]:
+        return {
+            "layer_weights": self.layer_weights,
+            "distance": self.distance,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "reduction": self.reduction,
+            "mode": self.mode,
+            "from_logits": self.from_logits,
+            "empty": self.empty,
+            "upsample": self.upsample,
+            "backend": self.backend,
+            "validate": self.validate,
+        }
 
     def warmup(
         self,
