@@ -130,7 +130,7 @@ class _PreparedCall:
         self._config = config_of_call
         self._check_labels = config.check_labels
         self._dtype = dtype_code(logits.dtype)
-        self._strides = _strides(inputs)
+        self._layouts = _layouts(inputs)
 
     def forward(
         self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
@@ -149,7 +149,7 @@ class _PreparedCall:
         return loss, kept, record
 
     def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
-        if _strides(inputs) != self._strides:  # a hook has packed what was saved, and unpacked something else
+        if _layouts(inputs) != self._layouts:  # a hook has packed what was saved, and unpacked something else
             return self.watched_backward(inputs, kept, record, d_loss)
         d_logits = torch.empty_like(inputs.logits)
         self._native.backward(
@@ -176,8 +176,8 @@ class _PreparedCall:
         return _operators.gradient(d_ce, d_semeda, *inputs, flat, codes, saved_d, config=self._config)
 
 
-def _strides(inputs: Inputs) -> list[Any]:
-    return [None if tensor is None else tensor.stride() for tensor in inputs]
+def _layouts(inputs: Inputs) -> list[Any]:
+    return [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in inputs]
 
 
 def _addresses(inputs: Inputs, kept: Tensor | None) -> tuple[int, ...]:
