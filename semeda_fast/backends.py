@@ -250,7 +250,7 @@ register(
     )
 )
 # Before "triton", so that "auto" takes that where both can, until the table "cuda against triton" of `make gpu`
-# (benchmarks/gpu_tiles.py) says that "cuda" is faster.
+# (benchmarks/gpu/tiles.py) says that "cuda" is faster.
 register(
     Backend(
         "cuda",

@@ -28,7 +28,7 @@ from source_builds import (
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu
+from benchmarks.gpu import session as gpu
 
 SPEC = importlib.util.spec_from_file_location("semeda_fast_nvcc", ROOT / "csrc" / "cuda" / "nvcc.py")
 assert SPEC is not None

@@ -1,4 +1,4 @@
-"""The loss against its baselines: `pytest benchmarks/ --benchmark-only`; what is measured is in suite.py."""
+"""The loss against its baselines: `pytest benchmarks/ --benchmark-only`; what is measured is in groups.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from .conftest import REPLAY
-from .suite import Group, groups
+from ..conftest import REPLAY
+from .groups import Group, groups
 
 _CASES = [(group, contender) for group in groups() for contender in group.contenders]
 

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import labels, machine, runner
-from .contenders import fused_names
-from .plans import Case, Plan, gpu_steps
-from .timing import Budget
-from .workloads import Workload, named
+from .. import labels, machine
+from ..contenders import fused_names
+from ..suite import runner
+from ..suite.plans import Case, Plan, gpu_steps
+from ..timing import Budget
+from ..workloads import Workload, named
 
 SET_NAME = "gpu"
 CUT_SHORT = 4  # exit code, as in gpu.py
@@ -96,7 +97,7 @@ def make_plans(threads: int, fused: Sequence[str], kind: str = "camvid", device:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_bench", description="The benchmarks of make gpu.")
+    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu.bench", description="The benchmarks of make gpu.")
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help="results.json in it is replaced")
     made.add_argument("--limit", type=float, default=None, metavar="SECONDS", help="begin no plan after this time")
     made.add_argument("--plans", default="", metavar="REGEX", help="only plans whose name this matches")

@@ -7,10 +7,11 @@ from typing import Any
 
 from semeda_fast.files import atomic_path
 
-from . import oracle, plots, tables
-from .runner import Run
+from .. import oracle
+from ..suite.runner import Run
+from ..workloads import LAMBDA_CE, LAMBDA_SEMEDA
+from . import plots, tables
 from .tables import Record, markdown
-from .workloads import LAMBDA_CE, LAMBDA_SEMEDA
 
 REPORT = "report.md"
 MODE_TITLES = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..contenders import contenders, upsampling
+from ..networks import NETWORKS
+from ..timing import Budget
+from ..workloads import HEADLINE, Workload, named
 from . import runner
-from .contenders import contenders, upsampling
-from .networks import NETWORKS
 from .plans import BASELINES, STEPS
-from .timing import Budget
-from .workloads import HEADLINE, Workload, named
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 The sources are laid out under build/gpu/tree as an install would lay them out (`kernels/` as `semeda_fast.kernels`),
 so no pip, no network and no environment are needed: any Python that has torch will do. Then, each with a share of
-the time that is left: the tests (`gpu_tests.py`), the benchmarks (`gpu_bench.py`), the layers (`gpu_layers.py`), the
-CUDA kernels' tiles (`gpu_tiles.py`); at last the report (`gpu_report.py`). What does not fit is left out and named.
+the time that is left: the tests (`tests.py`), the benchmarks (`bench.py`), the layers (`layers.py`), the
+CUDA kernels' tiles (`tiles.py`); at last the report (`report.py`). What does not fit is left out and named.
 This module imports the standard library alone, so that it can say what is missing where nothing else works.
 """
 
@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import gpu_tests
+from . import tests as gpu_tests
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUTPUT = Path("build", "bench", "gpu")
 WORK = Path("build", "gpu")
 BUILD_LOG = "build.log"
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         _list(phases, options, output)
         return OK
     if phases == ["report"]:
-        return _run([*module("gpu_report"), str(output)], ROOT, environment(ROOT), 120.0)[0]
+        return _run([*module("report"), str(output)], ROOT, environment(ROOT), 120.0)[0]
     facts = probe()
     if "gpu" not in facts:
         say(no_gpu_message(facts))
@@ -212,7 +212,7 @@ def _session(session: Session, phases: list[str], options: argparse.Namespace, o
         else:
             session.add(_measure(name, tree, output, limit, options))
         save(session, output)
-    code, text = _run([*module("gpu_report"), str(output)], tree, environment(tree), REPORT_RESERVE + GRACE)
+    code, text = _run([*module("report"), str(output)], tree, environment(tree), REPORT_RESERVE + GRACE)
     if code:
         say(f"the report could not be written: {text or f'exit code {code}'}")
     states = {session.phases[name]["state"] for name in phases if name != "report"}
@@ -329,12 +329,12 @@ def environment(tree: Path) -> dict[str, str]:
 
 def module(name: str) -> list[str]:
     """The command of a module of this suite."""
-    return [sys.executable, "-m", f"benchmarks.{name}"]
+    return [sys.executable, "-m", f"benchmarks.gpu.{name}"]
 
 
 def measure_command(name: str, output: Path, limit: float, plans: str) -> list[str]:
     """The command of the phases "bench", "layers" and "tiles"."""
-    command = [*module(f"gpu_{name}"), "--output", str(output), "--limit", f"{limit:.0f}"]
+    command = [*module(name), "--output", str(output), "--limit", f"{limit:.0f}"]
     return [*command, "--plans", plans] if plans and name == "bench" else command
 
 
@@ -438,7 +438,7 @@ def _list(phases: Sequence[str], options: argparse.Namespace, output: Path) -> N
     left = options.limit
     for name in phases:
         if name == "report":
-            print(f"report\n    {shlex.join([*module('gpu_report'), str(output)])}")
+            print(f"report\n    {shlex.join([*module('report'), str(output)])}")
             continue
         limit = time_for(name, phases, left)
         left -= limit
@@ -448,7 +448,3 @@ def _list(phases: Sequence[str], options: argparse.Namespace, output: Path) -> N
                 print(f"    {suite.name}: {shlex.join(suite.command)}")
         else:
             print(f"    {shlex.join(measure_command(name, output, limit, options.plans))}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from semeda_fast import SemedaLoss
 
-_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+_EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGES = 16
 # name -> (layer weights, distance); None: the proxy's
 TERMS: dict[str, tuple[tuple[float, ...] | None, str | None]] = {

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from semeda_fast.files import atomic_path
 
-from .statistics import Interval
+from ..statistics import Interval
+from ..timing import quartiles
 from .tables import Record, median, overhead, scaling_value
-from .timing import quartiles
 
 COLOURS = {"default": "#4878a8", "tuned": "#c8843c"}
 AXES = {"pixels": "pixels", "classes": "classes (1: binary)", "batch": "images in a batch", "threads": "threads"}

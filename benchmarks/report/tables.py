@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .timing import Ratio, paired_ratio, quartiles
+from ..timing import Ratio, paired_ratio, quartiles
 
 Record = dict[str, Any]
 Rows = list[list[str]]

@@ -1,4 +1,4 @@
-"""Tiles against row-marching strips for the CUDA kernels, on paper: `python -m benchmarks.cuda_tiles`.
+"""Tiles against row-marching strips for the CUDA kernels, on paper: `python -m benchmarks.gpu.cuda_tiles`.
 
 Both plans run the same layers on 3x3 neighbourhoods; what differs is which pixels are computed more than once, how
 many barriers a pixel takes, and what must fit into shared memory. Counts are for the forward kernel in fp16, target

@@ -1,4 +1,4 @@
-"""One process that measures one plan: `python -m benchmarks.worker PLAN.json RESULT.json`.
+"""One process that measures one plan: `python -m benchmarks.suite.worker PLAN.json RESULT.json`.
 
 The allocator, the number of threads and the memory of a process are settled before it starts, so each
 condition gets its own. Results are written after every contender: what was measured survives an interruption.
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from semeda_fast.files import atomic_path
 
-from . import machine, memory, oracle, steps, timing
-from .contenders import Contender, contenders, upsampling
-from .networks import NETWORKS
-from .plain import LossFunction
+from .. import machine, memory, oracle, timing
+from ..contenders import Contender, contenders, upsampling
+from ..networks import NETWORKS
+from ..plain import LossFunction
+from ..work import activation_bytes, work_of
+from ..workloads import Inputs, make_inputs
+from . import steps
 from .plans import Case, Plan
-from .work import activation_bytes, work_of
-from .workloads import Inputs, make_inputs
 
 Record = dict[str, Any]
 Keep = Callable[[list[Record]], None]  # called with a case's records so far

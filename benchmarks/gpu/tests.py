@@ -36,7 +36,7 @@ _TAKES_A_CASE = re.compile(r"\bcase: Case\b")
 _KILL_AFTER = 5.0  # seconds after the deadline
 _LEAST = 4.0  # seconds without which no process is started
 # addopts ask for strict settings, and the timeout among the settings is a plugin's that may be missing.
-_PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_tests", "-o", "addopts=", "-q", "--tb=short")
+_PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tests", "-o", "addopts=", "-q", "--tb=short")
 
 
 @dataclass(frozen=True)

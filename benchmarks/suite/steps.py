@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from . import machine, memory
-from .contenders import Contender
-from .networks import Scaled, build, scaled_up
-from .plain import LossFunction
-from .timing import Step
-from .workloads import Inputs, Workload, make_inputs
+from .. import machine, memory
+from ..contenders import Contender
+from ..networks import Scaled, build, scaled_up
+from ..plain import LossFunction
+from ..timing import Step
+from ..workloads import Inputs, Workload, make_inputs
 
 LEARNING_RATE = 1e-4
 

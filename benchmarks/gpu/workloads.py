@@ -1,4 +1,4 @@
-"""The workloads of `gpu_tiles.py`: what the CUDA kernels are compared on, from the most important on."""
+"""The workloads of `tiles.py`: what the CUDA kernels are compared on, from the most important on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from semeda_fast import EdgeProxy
 from semeda_fast.spec import LossSpec
 
-from . import gpu_bench
-from .workloads import Inputs, Workload, make_inputs, make_proxy, named
+from ..workloads import Inputs, Workload, make_inputs, make_proxy, named
+from . import bench as gpu_bench
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _drawn(workload: Workload, device: str) -> Inputs:
 
 
 def all_cases(labels: str) -> list[Case]:
-    """The most important first; sizes as in gpu_bench.py."""
+    """The most important first; sizes as in bench.py."""
     voc = named("voc", dtype="bfloat16", labels=labels, **gpu_bench.VOC)
     cityscapes = named("cityscapes", dtype="bfloat16", labels=labels, batch=4, height=1024, width=1024)
     ade20k = named("ade20k", dtype="bfloat16", labels=labels, batch=8, height=512, width=512)

@@ -1,5 +1,5 @@
 """gpu.md of a folder that `make gpu` filled: from session.json, tests.json, results.json, layers.json and tiles.json,
-as far as they are there. `python -m benchmarks.gpu_report DIR` writes it anew; files of split calls may be put into
+as far as they are there. `python -m benchmarks.gpu.report DIR` writes it anew; files of split calls may be put into
 one folder.
 """
 
@@ -13,11 +13,15 @@ from typing import Any
 
 from semeda_fast.files import atomic_path
 
-from . import gpu_layers, gpu_tests, gpu_tiles, runner, tables
-from .gpu import SESSION
-from .runner import Run
-from .tables import BASELINE_FAMILIES, Record, markdown, number, ratio_text
-from .timing import Ratio, paired_ratio, quartiles
+from ..report import tables
+from ..report.tables import BASELINE_FAMILIES, Record, markdown, number, ratio_text
+from ..suite import runner
+from ..suite.runner import Run
+from ..timing import Ratio, paired_ratio, quartiles
+from . import layers as gpu_layers
+from . import tests as gpu_tests
+from . import tiles as gpu_tiles
+from .session import SESSION
 
 REPORT = "gpu.md"
 # What a ratio is taken of: key of the samples, and how the column calls it.
@@ -387,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write gpu.md into the folder named; exit code 2 where that cannot be done."""
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) != 1 or given[0].startswith("-"):
-        print("usage: python -m benchmarks.gpu_report DIR", file=sys.stderr)
+        print("usage: python -m benchmarks.gpu.report DIR", file=sys.stderr)
         return 2
     try:
         print(write_report(Path(given[0])))

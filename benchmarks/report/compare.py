@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .runner import Run
+from ..suite.runner import Run
+from ..timing import Ratio, unpaired_ratio
 from .tables import Record, median, number, plain, ratio_text
-from .timing import Ratio, unpaired_ratio
 
 # What has to be equal for two times to be comparable.
 FACTS = ("processor", "cores", "threads", "device", "gpu", "torch", "python", "libc")

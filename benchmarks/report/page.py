@@ -14,13 +14,14 @@ from typing import Any
 
 from semeda_fast.files import atomic_path
 
-from . import plots, study, tables
-from .recipes import BASES, RECIPES, RIVALS
-from .runner import load_run
-from .statistics import Interval, mean_interval
+from ..statistics import Interval, mean_interval
+from ..study import runs as study
+from ..study.recipes import BASES, RECIPES, RIVALS
+from ..suite.runner import load_run
+from . import plots, tables
 from .tables import Record, Rows, markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "benchmarks" / "results"
 _MADE = re.compile(r"(<!-- made: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

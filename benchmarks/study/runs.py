@@ -27,18 +27,18 @@ from typing import Any
 
 from semeda_fast.files import atomic_path
 
-from . import machine
+from .. import machine
+from ..labels import CAMVID_VARIABLE, camvid_folder
+from ..suite.runner import TUNED
 from .gradients import gradient_facts
-from .labels import CAMVID_VARIABLE, camvid_folder
+from .proxies import make_proxy, proxy_path
 from .recipes import BRANCH_EPOCH, RECIPES, TRAINING, Recipe
-from .runner import TUNED
-from .study_proxies import make_proxy, proxy_path
 
 SCHEMA = 1
 STUDY = "study.json"
 CLASSES = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 METRICS = ("miou", "boundary_iou", "boundary_f")
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def command_of(recipe: Recipe, seed: int, folder: Path, data: Path) -> list[str]:
@@ -238,7 +238,3 @@ def compact(found: dict[str, Any]) -> str:
     head = json.dumps({key: value for key, value in found.items() if key != "runs"}, indent=1)
     lines = ",\n  ".join(json.dumps(run) for run in found["runs"])
     return f'{head[:-2]},\n "runs": [\n  {lines}\n ]\n}}\n'
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .contenders import NOT_INDUCTOR
-from .networks import CPU_NETWORKS, GPU_NETWORKS, NETWORKS
-from .timing import MODES, Budget
-from .workloads import DATASETS, DTYPES, HEADLINE, PROXIES, Workload, named, with_classes
+from ..contenders import NOT_INDUCTOR
+from ..networks import CPU_NETWORKS, GPU_NETWORKS, NETWORKS
+from ..timing import MODES, Budget
+from ..workloads import DATASETS, DTYPES, HEADLINE, PROXIES, Workload, named, with_classes
 
 ALLOCATORS = ("default", "tuned")
 # "fused" stands for every backend of the registry but the reference, in both layouts; "upsampling" for those that take

@@ -34,10 +34,10 @@ from torch import Tensor
 from semeda_fast import EdgeProxy
 from semeda_fast.files import atomic_path
 
-from . import machine, timing
-from .timing import Budget
-from .worker import first_line
-from .workloads import make_proxy, named
+from .. import machine, timing
+from ..suite.worker import first_line
+from ..timing import Budget
+from ..workloads import make_proxy, named
 
 RESULTS = "layers.json"
 SCHEMA = 1
@@ -246,7 +246,7 @@ def _quiet(run: Callable[[], object]) -> timing.Step:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1: something failed; 4: the time was up before all was measured."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_layers", description="The layers of make gpu.")
+    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu.layers", description="The layers of make gpu.")
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help=f"{RESULTS} in it is replaced")
     made.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS")
     options = made.parse_args(arguments)

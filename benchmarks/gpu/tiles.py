@@ -32,12 +32,13 @@ from semeda_fast.fused import Problem
 from semeda_fast.native import cuda_module
 from semeda_fast.params import add_gradients, fill
 
-from . import gpu_bench, machine, oracle, timing
-from .contenders import Contender, contenders
-from .gpu_workloads import Case, all_cases, spec_of
-from .timing import Budget, quartiles
-from .worker import first_line
-from .workloads import Inputs
+from .. import machine, oracle, timing
+from ..contenders import Contender, contenders
+from ..suite.worker import first_line
+from ..timing import Budget, quartiles
+from ..workloads import Inputs
+from . import bench as gpu_bench
+from .workloads import Case, all_cases, spec_of
 
 RESULTS = "tiles.json"
 SCHEMA = 1
@@ -415,7 +416,7 @@ def _first_call(contender: Contender, inputs: Inputs) -> tuple[timing.Step, floa
 
 
 def _disagreement(found: Sequence[Sequence[Any]], dtype: str) -> str:
-    """Whether two backends are farther apart than each may be from the reference; gpu_bench.py compares with that."""
+    """Whether two backends are farther apart than each may be from the reference; bench.py compares with that."""
     (loss, gradient), (other_loss, other_gradient) = found
     off = abs(loss - other_loss) / abs(other_loss)
     error = relative_l2(gradient, other_gradient)
@@ -435,7 +436,7 @@ def write(folder: Path, facts: dict[str, Any], results: Results) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1: something was wrong or failed; 4: the time was up before all was measured."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tiles", description="The tiles of make gpu.")
+    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tiles", description="The tiles of make gpu.")
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help=f"{RESULTS} in it is replaced")
     made.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS")
     options = made.parse_args(arguments)

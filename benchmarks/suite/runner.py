@@ -18,12 +18,12 @@ from typing import Any
 
 from semeda_fast.files import atomic_path
 
-from . import machine
+from .. import machine
 from .plans import Plan
 
 SCHEMA = 1
 RESULTS = "results.json"
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _HUGE = str(2**40)
 # One heap, no page given back and no mapping made for a large tensor: what a tuned training job, or jemalloc, does.
 TUNED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": _HUGE, "MALLOC_TRIM_THRESHOLD_": _HUGE}
@@ -105,7 +105,7 @@ def run_worker(plan: Plan, *, timeout: float | None = None, on_records: Any = No
     with tempfile.TemporaryDirectory(prefix="semeda-bench-") as name:
         plan_path, result_path = Path(name) / "plan.json", Path(name) / "result.json"
         plan_path.write_text(json.dumps(plan.to_json()), encoding="utf-8")
-        command = [sys.executable, "-m", "benchmarks.worker", str(plan_path), str(result_path)]
+        command = [sys.executable, "-m", "benchmarks.suite.worker", str(plan_path), str(result_path)]
         process = subprocess.Popen(command, env=worker_environment(plan), stdin=subprocess.DEVNULL)
         problem = ""
         try:
