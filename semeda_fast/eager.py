@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import backends, checks
 from .fused import plain
-from .proxy.network import EdgeProxy, check_layer_weights
+from .proxy.network import EdgeProxy
+from .proxy.record import check_layer_weights
 from .spec import LossSpec
 
 MAX_PREPARED = 64  # calls of one proxy that are remembered: of a size, dtypes and options

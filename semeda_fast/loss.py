@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import backends, checks
 from .eager import Inputs, Options, eager_loss
 from .functional import LossComponents, default_lambda, semeda_loss
-from .proxy.network import EdgeProxy, Float32Buffers, check_layer_weights
+from .proxy.network import EdgeProxy, Float32Buffers
+from .proxy.record import check_layer_weights
 from .warmup import warmup
 
 
