@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,16 @@ class Float32Buffers(nn.Module):
     """
 
     lost = False
+    _made_anew: ClassVar[tuple[str, ...]] = ()  # attributes that calls leave behind, and no copy or pickle holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._lasting(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(self._lasting(state))  # pickles of before held what is made anew
+
+    def _lasting(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name not in self._made_anew}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         originals = {name: b for name, b in self._buffers.items() if b is not None}
@@ -103,6 +113,8 @@ class EdgeProxy(Float32Buffers):
     Raises:
         ValueError: arguments outside the ranges above.
     """
+
+    _made_anew = ("_calls",)  # of eager.py
 
     def __init__(
         self,
@@ -151,8 +163,8 @@ class EdgeProxy(Float32Buffers):
         self.distance = distance
         self.layer_weights = check_layer_weights(layer_weights, len(layers))
         self.scales = {name: _positive(name, values, len(layers)) for name, values in scales.items()}
-        self.provenance = dict(provenance)
-        self.quality = dict(quality)
+        self.provenance: dict[str, Any] = _plain(dict(provenance))
+        self.quality: dict[str, Any] = _plain(dict(quality))
         for number, (layer, weight, bias) in enumerate(zip(layers, weights, biases, strict=True)):
             shape = (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
             if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
@@ -360,6 +372,18 @@ class EdgeProxy(Float32Buffers):
     def extra_repr(self) -> str:
         chain = " -> ".join(str(c) for c in (self.num_classes, *self.widths, self.edge_classes))
         return f"{chain}, tap={self.tap!r}, distance={self.distance!r}, layer_weights={self.layer_weights}"
+
+
+def _plain(value: Any) -> Any:
+    """Facts without classes of torch's or NumPy's, such as that of torch's version: a pickle would name them."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [_plain(item) for item in value]
+    for kind in (str, bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
 
 
 def why_not_fused(
