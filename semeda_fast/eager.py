@@ -72,14 +72,11 @@ _UNKNOWN: Any = object()
 
 
 class _Calls(dict[Any, Prepared | None]):
-    """What was prepared for one proxy, as long as that stays what it was then."""
+    """What was prepared for one proxy, as long as that stays what it was then; pickles of before name this class."""
 
     def __init__(self) -> None:
         self.proxy: tuple[Any, ...] = ()
         self.tensors: list[Tensor] = []  # whose ids are part of `proxy`
-
-    def __reduce__(self) -> Any:  # a copy of the proxy has tensors of its own
-        return _Calls, ()
 
 
 def eager_loss(

@@ -27,7 +27,8 @@ class SemedaLoss(Float32Buffers):
 
     The module has no parameters and an empty state_dict: no optimizer or checkpoint sees the proxy, and DDP refuses to
     wrap it, since there is nothing to synchronise; use it unwrapped. `.to(device)` moves it, `.half()` and other casts
-    leave it in fp32, `to_empty()` leaves its values alone.
+    leave it in fp32, `to_empty()` leaves its values alone. A pickle of it names public classes alone, which
+    `semeda_fast.safe_globals` lists for `torch.load`.
 
     Args:
         proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.
@@ -78,6 +79,7 @@ class SemedaLoss(Float32Buffers):
 
     weight: Tensor | None
     _options: Options | None = None  # of the short way
+    _made_anew = ("_options",)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lambda_ce", "lambda_semeda") and isinstance(value, nn.Parameter):
@@ -139,7 +141,7 @@ class SemedaLoss(Float32Buffers):
             self.proxy.layer_weights if layer_weights is None else layer_weights, self.proxy.num_layers
         )
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self.reduction = reduction
         self.mode = mode
         self.from_logits = from_logits

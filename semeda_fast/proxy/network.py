@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,16 @@ class Float32Buffers(nn.Module):
     """
 
     lost = False
+    _made_anew: ClassVar[tuple[str, ...]] = ()  # attributes that calls leave behind, and no copy or pickle holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._lasting(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(self._lasting(state))  # pickles of before held what is made anew
+
+    def _lasting(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name not in self._made_anew}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         originals = {name: b for name, b in self._buffers.items() if b is not None}
@@ -72,6 +82,8 @@ class EdgeProxy(Float32Buffers):
     Raises:
         ValueError: arguments outside the ranges above.
     """
+
+    _made_anew = ("_calls",)  # of eager.py
 
     def __init__(
         self,

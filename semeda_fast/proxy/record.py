@@ -100,8 +100,8 @@ class ProxyRecord:
             "biases": tuple(biases),
             "layer_weights": check_layer_weights(self.layer_weights, len(layers)),
             "scales": {name: _positive(name, values, len(layers)) for name, values in self.scales.items()},
-            "provenance": dict(self.provenance),
-            "quality": dict(self.quality),
+            "provenance": _plain(dict(self.provenance)),
+            "quality": _plain(dict(self.quality)),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
