@@ -25,6 +25,7 @@ from . import __version__
 from .backends import backend_info
 from .errors import BackendUnavailableError, MissingExtraError, missing_extra
 from .files import atomic_path
+from .proxy.masks import MaskFolder
 from .proxy.network import EdgeProxy
 from .proxy.training import train_proxy
 
@@ -116,6 +117,12 @@ def _train_proxy(
         Path | None,
         typer.Option(help="Folder of held-out masks; otherwise --val-fraction of MASKS is held out."),
     ] = DEFAULT["val_masks"],
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB", help="Which files of a folder are masks, such as '*_labelIds.png'; otherwise all."
+        ),
+    ] = None,
     val_fraction: Annotated[float, typer.Option(help="Part of MASKS to hold out.")] = DEFAULT["val_fraction"],
     widths: Annotated[str, typer.Option(metavar="N,N,...", help="Channels of the hidden layers.")] = ",".join(
         map(str, DEFAULT["widths"])
@@ -153,11 +160,17 @@ def _train_proxy(
         if output.suffix != ".safetensors":
             raise ValueError(f"proxies are stored as safetensors: --output {output} should end in .safetensors")
         _check_output(output, overwrite)
+
+    def folder(path: Path) -> Path | MaskFolder:
+        if pattern is None:
+            return path
+        return MaskFolder(path, num_classes=num_classes, ignore_index=ignore_index, pattern=pattern)
+
     proxy = train_proxy(
-        masks,
+        folder(masks),
         num_classes,
         ignore_index=ignore_index,
-        val_masks=val_masks,
+        val_masks=None if val_masks is None else folder(val_masks),
         val_fraction=val_fraction,
         widths=_parse_widths(widths),
         tap=tap,

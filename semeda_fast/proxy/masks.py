@@ -1,8 +1,8 @@
-"""Label masks and their images from files.
+"""Label masks and their images from files and folders.
 
-Palette PNG (Pascal VOC), plain PNG (Cityscapes trainIds, CamVid), TIFF, BMP and GIF, 1 to 16 bits. A mask
-file holds one label index per pixel. Everything that would silently change a label is refused: colour-coded
-masks, JPEG, alpha channels, float images.
+Palette PNG (Pascal VOC), plain PNG (Cityscapes trainIds, CamVid), TIFF, BMP and some GIFs, 1 to 32 bits. A mask
+file holds one label index per pixel. Everything that could silently change a label is refused: colour-coded
+masks, JPEG, alpha channels, floats, and files that readers understand in more than one way (pixels.py).
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from semeda_fast.errors import MaskFileError, missing_extra
+from semeda_fast.errors import MaskFileError
+
+from .pixels import decode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm")
-_MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 _CITYSCAPES_MASKS = ("_gtFine_labelTrainIds", "_gtCoarse_labelTrainIds")
 _CITYSCAPES_IMAGES = ("_leftImg8bit",)
-_COLOUR_MODES = ("RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA", "RGBa")
 
 
 def read_mask(
@@ -38,12 +38,13 @@ def read_mask(
     No value is changed: void pixels keep the one they have in the file.
 
     Args:
-        path: a PNG, TIFF, BMP or GIF file with one channel.
+        path: a PNG, TIFF, BMP or GIF file with one channel. Where readers differ in what a file says, it is refused:
+            white stored as zero, an orientation other than upright, JPEG in a TIFF, a GIF with a colour table.
         num_classes: C; if given, every value must lie in [0, C) or equal `ignore_index`.
         ignore_index: the value of void pixels in the file; None if there are none.
 
     Returns:
-        [H, W] uint8 for up to 8 bits per pixel, int32 for more.
+        [H, W] uint8 for up to 8 bits per pixel without a sign, else int32 (int64 for numbers of 2^31 and more).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,7 +53,7 @@ def read_mask(
         ImportError: Pillow is missing.
     """
     path = Path(path)
-    mask = _decode(path, "mask")
+    mask = decode(path, "mask")
     if num_classes is not None:
         _check_values(mask, path, num_classes, ignore_index)
     return mask
@@ -68,18 +69,19 @@ def read_pair(
     """Read an image and its mask.
 
     Args:
-        image_path: an 8-bit image; grey, palette and alpha images are converted to RGB (alpha is dropped).
+        image_path: an 8-bit image; grey, palette and alpha images are converted to RGB (alpha is dropped). It is read
+            as stored, not as an EXIF orientation turns it, and refused where its size cannot tell these apart.
         mask_path, num_classes, ignore_index: as in `read_mask`.
 
     Returns:
-        image: [H, W, 3] uint8 RGB; mask: [H, W] uint8 or int32, as `read_mask` gives it.
+        image: [H, W, 3] uint8 RGB; mask: [H, W] as `read_mask` gives it.
 
     Raises:
         FileNotFoundError, IsADirectoryError, MaskFileError, ImportError: as `read_mask`.
         ValueError: the image cannot be read, or the two differ in size; the text names the files.
     """
     image_path, mask_path = Path(image_path), Path(mask_path)
-    image = _decode(image_path, "image")
+    image = decode(image_path, "image")
     mask = read_mask(mask_path, num_classes=num_classes, ignore_index=ignore_index)
     if image.shape[:2] != mask.shape:
         (ih, iw), (mh, mw) = image.shape[:2], mask.shape
@@ -105,6 +107,7 @@ class MaskFolder(Dataset[torch.Tensor]):
 
     Attributes:
         paths: the files, list of Path. Item i is read from paths[i] each time it is asked for.
+        description: folder and pattern in words, for a proxy's provenance.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no mask file.
@@ -122,6 +125,7 @@ class MaskFolder(Dataset[torch.Tensor]):
     ) -> None:
         self.paths: list[Path] = _list_files(Path(path), "mask", MASK_EXTENSIONS, pattern)
         self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.description = describe_folder(path) + (f", pattern {pattern!r}" if pattern is not None else "")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -157,6 +161,11 @@ def pair_files(images_folder: str | os.PathLike[str], masks_folder: str | os.Pat
             "give each image and its mask the same name, or move the files without a partner elsewhere"
         )
     return [(images[key], masks[key]) for key in sorted(images)]
+
+
+def describe_folder(path: str | os.PathLike[str]) -> str:
+    """A folder by its last two names, not by its full path."""
+    return "folder " + "/".join(os.path.normpath(os.path.abspath(path)).split(os.sep)[-2:])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -216,107 +225,7 @@ def _first(names: Sequence[str], count: int = 5) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Reading files
-
-
-def _decode(path: Path, what: str) -> NDArray[Any]:
-    """The pixels of a file: what = "mask" gives [H, W] labels, "image" gives [H, W, 3] uint8."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise missing_extra(f"reading {what} files", "Pillow", "train") from None
-    error = MaskFileError if what == "mask" else ValueError
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected a {what} file")
-    if not path.exists():
-        raise FileNotFoundError(f"{what} file {path} does not exist; check the path")
-    if path.stat().st_size == 0:
-        raise error(f"{what} file {path} is empty (0 bytes); write it again or remove it")
-    with path.open("rb") as file:  # our own open, so that a refused permission is not taken for a broken file
-        try:
-            with Image.open(file) as image:
-                image.load()
-                if 0 in image.size:
-                    raise ValueError(f"it is {image.width} x {image.height} pixels in size")
-                pixels = _labels(image, file, path) if what == "mask" else _rgb(image, path)
-        except _Refused as refused:
-            raise error(str(refused)) from None
-        except Image.UnidentifiedImageError:
-            raise error(f"{what} file {path} is not an image in a format that Pillow can read") from None
-        except Image.DecompressionBombError as cause:
-            raise error(
-                f"{what} file {path} is too large: {cause}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
-            ) from cause
-        # Pillow's decoders raise whatever broken bytes lead to: OSError, SyntaxError, struct.error, ...
-        except Exception as cause:
-            raise error(
-                f"cannot read {what} file {path}: {str(cause) or type(cause).__name__}; "
-                "it is damaged or cut short, write it again or remove it"
-            ) from cause
-    return pixels
-
-
-class _Refused(Exception):
-    """A well-formed file of a kind that is not taken; the text is complete."""
-
-
-def _labels(image: Any, file: BinaryIO, path: Path) -> NDArray[Any]:
-    if image.format not in _MASK_FORMATS:
-        why = "blends labels along borders" if image.format in ("JPEG", "WEBP", "MPO") else "may rescale its values"
-        raise _Refused(
-            f"mask file {path} is {image.format}, which {why}; save label indices as PNG "
-            f"({', '.join(_MASK_FORMATS)} are read)"
-        )
-    if getattr(image, "is_animated", False):
-        raise _Refused(f"mask file {path} holds {image.n_frames} frames; expected one mask in each file")
-    if image.mode in _COLOUR_MODES:
-        raise _Refused(_colour_refusal(image, path))
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise _Refused(f"mask file {path} has mode {image.mode}; expected integers in one channel (modes 1, L, P, I)")
-    if image.format == "TIFF" and image.tag_v2.get(262) == 0:
-        raise _Refused(
-            f"mask file {path} stores white as zero (TIFF photometric 0), so readers invert its labels; save it as PNG"
-        )
-    pixels = np.array(image)  # a copy: asarray's result would be read-only, which torch warns of
-    if image.mode == "L":
-        # Pillow stretches 2- and 4-bit grey to 0..255 (by 85 and 17); undo that to get the stored labels.
-        bits = _bits_per_sample(image, file)
-        return pixels // (255 // (2**bits - 1)) if bits in (2, 4) else pixels
-    if image.mode in ("1", "P"):
-        return pixels.astype(np.uint8)
-    return pixels.astype(np.int32)
-
-
-def _bits_per_sample(image: Any, file: BinaryIO) -> int:
-    if image.format == "TIFF":
-        return int(image.tag_v2.get(258, (8,))[0])
-    if image.format == "PNG":  # IHDR is always first: 8 bytes signature, 8 of chunk header, width, height, bit depth
-        file.seek(24)
-        return file.read(1)[0]
-    return 8
-
-
-def _colour_refusal(image: Any, path: Path) -> str:
-    bands = len(image.getbands())
-    text = f"mask file {path} has mode {image.mode} ({bands} channels); expected one channel of label indices. "
-    if image.mode in ("LA", "La", "PA"):
-        return text + "Save it without its alpha channel"
-    if image.mode.startswith("RGB"):
-        pixels = np.asarray(image)
-        if np.array_equal(pixels[..., 0], pixels[..., 1]) and np.array_equal(pixels[..., 0], pixels[..., 2]):
-            return text + "Its channels are equal: save one of them as an 8-bit grey PNG"
-    return text + (
-        "Convert colour-coded masks to label indices first (one index for each colour), and check that this "
-        'is not the folder of the images; in Python MaskFolder(..., pattern="...") takes some files of a folder only'
-    )
-
-
-def _rgb(image: Any, path: Path) -> NDArray[np.uint8]:
-    if image.mode.startswith("I") or image.mode == "F":
-        raise _Refused(
-            f"image file {path} has mode {image.mode}, more than 8 bits per channel; convert it to 8 bits first"
-        )
-    return np.array(image.convert("RGB"))
+# Values
 
 
 def _check_values(mask: NDArray[Any], path: Path, num_classes: int, ignore_index: int | None) -> None:

@@ -146,6 +146,18 @@ def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) 
     return values
 
 
+def _plain(value: Any) -> Any:
+    """Facts without classes of torch's or NumPy's, such as that of torch's version: a pickle would name them."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [_plain(item) for item in value]
+    for kind in (str, bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
 def _positive(name: str, values: Sequence[float], num_layers: int) -> tuple[float, ...]:
     scales = tuple(float(s) for s in values)
     if name not in DISTANCES or len(scales) != num_layers or not all(0 < s < float("inf") for s in scales):

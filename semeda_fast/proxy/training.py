@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import missing_extra
 from ..reference import not_ignored
 from .edges import edge_labels
+from .masks import MaskFolder, describe_folder
 from .network import EdgeProxy
 from .quality import edge_quality, measure_scales
 
@@ -224,7 +225,7 @@ def one_cycle(progress: float) -> float:
 def describe(masks: object) -> str:
     """What the masks are, for the provenance; a folder by its last two names, not by its full path."""
     if isinstance(masks, (str, os.PathLike)):
-        return "folder " + "/".join(os.path.normpath(os.path.abspath(masks)).split(os.sep)[-2:])
+        return describe_folder(masks)
     if isinstance(masks, Tensor):
         return f"tensor {list(masks.shape)}"
     return getattr(masks, "description", type(masks).__name__)
@@ -236,8 +237,6 @@ class _Masks(Dataset[Tensor]):
     def __init__(self, source: Any, num_classes: int, ignore_index: int) -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
         if isinstance(source, (str, os.PathLike)):
-            from .masks import MaskFolder
-
             source = MaskFolder(source, num_classes=num_classes, ignore_index=ignore_index)
         elif isinstance(source, Tensor) and source.dim() != 3:
             raise ValueError(f"masks as a tensor must have the shape [M,H,W], got {list(source.shape)}")
