@@ -105,11 +105,11 @@ def is_public(name: str) -> bool:
 def test_the_reader_of_pickles_sees_what_is_imported() -> None:
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         data = pickle.dumps([eager._Calls(), make_proxy().layers, eager._Calls()], protocol)
-        assert {"semeda_fast.eager._Calls", "semeda_fast.proxy.network.ProxyLayer"} <= names_in(data)
+        assert {"semeda_fast.eager._Calls", "semeda_fast.proxy.record.ProxyLayer"} <= names_in(data)
     assert not is_public("semeda_fast.eager._Calls")
     assert not is_public("semeda_fast.eager.Options")
     assert is_public("semeda_fast.loss.SemedaLoss")
-    assert is_public("semeda_fast.proxy.network.ProxyLayer")
+    assert is_public("semeda_fast.proxy.record.ProxyLayer")
 
 
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
