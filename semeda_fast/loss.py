@@ -251,6 +251,13 @@ class SemedaLoss(Float32Buffers):
         """
         return warmup(self, shape, dtype=dtype, device=device, channels_last=channels_last, labels_dtype=labels_dtype)
 
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script, which compiles a subset of Python that holds neither operators nor options."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile SemedaLoss; trace it by torch.jit.trace(criterion, (logits, target)), "
+            "script the network alone, or use torch.export"
+        )
+
     def extra_repr(self) -> str:
         return (
             f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}, layer_weights={self.layer_weights}, "
