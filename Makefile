@@ -22,7 +22,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test sanitize sanitize-arm64 demo bench bench-steps bench-full gpu lint format clean
+.PHONY: help test docs docs-look docs-pictures sanitize sanitize-arm64 demo bench bench-steps bench-full gpu lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,18 @@ help:  ## Show this list
 # One thread per test process: with more, the processes would take each other's cores.
 test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(PYTEST_ARGS)
+
+# Without a network; a warning is an error, a link that leads nowhere in the site among them.
+docs: $(VENV)/.stamp-docs  ## Build the documentation site: build/docs/index.html
+	$(BIN)/python -m sphinx --builder html --fresh-env --write-all --nitpicky --fail-on-warning --keep-going --quiet \
+	  docs build/docs
+	@echo "The site is in build/docs/index.html"
+
+docs-look: docs  ## Look at every page in Chromium, wide and narrow, light and dark; screenshots in build/screenshots
+	SEMEDA_FAST_SITE=build/docs $(BIN)/python -m pytest -rs tests/test_site.py tests/test_site_links.py
+
+docs-pictures: $(VENV)/.stamp-dev  ## Draw the pictures of the site anew
+	$(BIN)/python docs/draw.py
 
 # CXX=clang++ builds with another compiler.
 sanitize: $(VENV)/.stamp-python  ## Run the CPU kernels on odd shapes under the address and undefined-behaviour sanitizers
@@ -90,6 +102,13 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with its development tools into $(VENV) ..."
 	SEMEDA_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.stamp-demo $@
+
+# On top of the demo's environment, which the development environment holds, too. By its name the package is installed
+# already and only what the extra asks for is added: nothing is compiled twice.
+$(VENV)/.stamp-docs: $(VENV)/.stamp-demo
+	@echo "Installing what the documentation needs into $(VENV) ..."
+	$(INSTALL) 'semeda-fast[docs]'
+	@touch $@
 
 # The demo runs on the CPU, so it does not wait for the CUDA kernels.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python $(SOURCES)

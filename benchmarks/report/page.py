@@ -1,4 +1,4 @@
-"""docs/results.md: its tables and plots, made anew from the results that are stored under benchmarks/results.
+"""docs/evidence.md: its tables and plots, made anew from the results that are stored under benchmarks/results.
 
 `python -m benchmarks page` replaces what stands between `<!-- made: NAME -->` and `<!-- end -->`; the text around it is
 written by hand. NAME is "overhead FOLDER" (training steps of a results.json) or "accuracy FOLDER" (a study.json).
@@ -22,7 +22,7 @@ from . import plots, tables
 from .tables import Record, Rows, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "benchmarks" / "results"
 _MADE = re.compile(r"(<!-- made: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 METRIC_TITLES = {"miou": "mIoU", "boundary_iou": "boundary IoU", "boundary_f": "boundary F"}
@@ -73,13 +73,13 @@ def _overhead(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
         size = f"{some['batch']}x{some['height']}x{some['width']}"
         distance = {"l1": "L1", "l2": "L2", "smooth_l1": "smooth L1"}[some.get("distance", "l1")]
         title = f"{some['dataset']} ({some['num_classes']} classes), {distance}, {size}, {allocator} malloc"
-        parts += [f"#### {title}\n", markdown(*_overhead_table(chosen))]
+        parts += [f"### {title}\n", markdown(*_overhead_table(chosen))]
         path = pictures / f"overhead-{folder.name}-{name}-{allocator}.png"
         plots.draw_overhead(chosen, f"overhead of SEMEDA in a training step: {title}", path)
         written.append(path)
         parts.append(f"![overhead, {title}](results/{path.name})\n")
     if peaks:
-        parts += ["#### Peak memory of a step above weights, optimizer state and batch, MiB\n"]
+        parts += ["### Peak memory of a step above weights, optimizer state and batch, MiB\n"]
         parts.append(markdown(*_peak_table(peaks)))
     return "\n".join(parts), written
 
@@ -144,7 +144,7 @@ def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
             continue
         title = next(recipe.title for recipe in RECIPES if recipe.name == base)
         header = ["recipe", "seeds", *METRIC_TITLES.values(), *(f"{t}, difference" for t in METRIC_TITLES.values())]
-        parts += [f"#### Against {title}\n", markdown(header, rows), *_scatter(runs, base, title)]
+        parts += [f"### Against {title}\n", markdown(header, rows), *_scatter(runs, base, title)]
         if differences:
             path = pictures / f"accuracy-{folder.name}-{base}.png"
             plots.draw_differences(differences, f"differences to {title}, same seeds", path)
@@ -152,9 +152,9 @@ def _accuracy(folder: Path, pictures: Path) -> tuple[str, list[Path]]:
             parts.append(f"![differences to {title}](results/{path.name})\n")
     if rivals := _rival_rows(runs):
         header = ["recipe", "against", "seeds", *(f"{t}, difference" for t in METRIC_TITLES.values())]
-        parts += ["#### One recipe against another\n", markdown(header, rivals)]
+        parts += ["### One recipe against another\n", markdown(header, rivals)]
     if found["gradients"]:
-        parts.append("#### How the SEMEDA term (lambda 1) pulls at the logits, beside cross-entropy\n")
+        parts.append("### How the SEMEDA term (lambda 1) pulls at the logits, beside cross-entropy\n")
         parts.append(markdown(*_norm_table(found["gradients"])))
         parts.append(markdown(*_pull_table(found["gradients"])))
     return "\n".join(parts), written
