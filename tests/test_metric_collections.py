@@ -238,6 +238,32 @@ def test_counts_survive_casts(cast: Callable[[Any], Any]) -> None:
     same(metrics.compute(), alone(zoo, REST))
 
 
+def test_states_of_a_subclass_are_cast_as_torchmetrics_casts_them() -> None:
+    class Kept(BoundaryF):
+        def __init__(self) -> None:
+            super().__init__(CLASSES, ignore_index=VOID)
+            self.add_state("scores", [], dist_reduce_fx="cat")
+            self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    metric = Kept()
+    feed(metric, REST)
+    metric.scores.append(torch.ones(2))
+    metric.set_dtype(torch.float64)
+    assert metric.total.dtype == metric.scores[0].dtype == torch.float64
+    assert metric.compute() == alone(zoo, REST)["f3"]
+
+
+def test_counts_made_in_inference_mode_go_on_outside() -> None:
+    """A network may be validated in inference mode and trained outside of it, with one metric."""
+    with torch.inference_mode():
+        metrics = MetricCollection(zoo())
+        feed(metrics, REST[:1])
+        metrics.reset()
+        feed(metrics, REST[:1])
+    feed(metrics, REST[1:])
+    same(metrics.compute(), alone(zoo, REST))
+
+
 def test_metrics_made_on_the_meta_device_start_at_zero() -> None:
     with torch.device("meta"):
         metrics = MetricCollection(zoo())

@@ -68,6 +68,7 @@ def test_the_ratio_follows_each_image() -> None:
     halves = pred[:60, :80], target[:60, :80]  # diagonal 100: one pixel at 0.01, where the whole has two
     assert ours(*halves, tolerance_ratio=0.01) == ours(*halves, tolerance=1)
     assert ours(pred, target, tolerance_ratio=0.01) == ours(pred, target, tolerance=2)
+    assert ours(pred, target, tolerance_ratio=0.0055) == ours(pred, target, tolerance=2)  # 1.1 pixels, rounded up
 
 
 def test_how_the_scores_differ() -> None:

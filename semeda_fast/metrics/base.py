@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -53,7 +52,7 @@ class BoundaryMetric(Metric):
         self.add_state(self._state, torch.zeros(rows, self.num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         if not _is_ours(type(self)):
             # Small numbers: torchmetrics compares states with a relative tolerance.
-            self.add_state("instance", torch.tensor(list(uuid.uuid4().bytes)), dist_reduce_fx="max")
+            self.add_state(_INSTANCE, torch.tensor(list(uuid.uuid4().bytes)), dist_reduce_fx="max")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_settings", ()):
@@ -143,8 +142,9 @@ class BoundaryMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         """Counts move with the module and stay what they are: `set_dtype` would round them, `to_empty` lose them."""
-        super()._apply(fn, exclude_state=[*exclude_state, *self._defaults])
-        for name, default in self._defaults.items():
+        ours = {name: default for name, default in self._defaults.items() if name in (self._state, _INSTANCE)}
+        super()._apply(fn, exclude_state=[*exclude_state, *ours])
+        for name, default in ours.items():
             assert isinstance(default, Tensor)
             self._defaults[name] = _moved(default, fn)
             setattr(self, name, _moved(getattr(self, name), fn))
@@ -153,6 +153,7 @@ class BoundaryMetric(Metric):
 
 
 _PREFIX = "counts_of_"
+_INSTANCE = "instance_bytes"
 
 
 def _is_ours(kind: type) -> bool:
@@ -161,9 +162,8 @@ def _is_ours(kind: type) -> bool:
 
 def _state_name(kind: type, settings: dict[str, Any]) -> str:
     """An identifier, the same in every process; different for different settings."""
-    owner = kind.__name__ if _is_ours(kind) else re.sub(r"\W", "_", f"{kind.__module__}_{kind.__qualname__}")
     values = [f"{name}_{value!r}" for name, value in settings.items()]
-    return _PREFIX + "_".join([owner, *values]).translate({ord("."): "p", ord("-"): "m", ord("+"): None})
+    return _PREFIX + "_".join([kind.__name__, *values]).translate({ord("."): "p", ord("-"): "m", ord("+"): None})
 
 
 def _moved(counts: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
