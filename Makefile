@@ -7,10 +7,12 @@ JOBS ?= 2
 GPU_OUTPUT ?= build/bench/gpu
 ARM64_CXX ?= aarch64-linux-gnu-g++
 ARM64_EMULATOR ?= qemu-aarch64
-# `make test` builds the CUDA kernels for the GPU at hand: each further architecture takes as long again, and without a
-# GPU tests read off what nvcc makes of them, and run their bodies in an emulation.
+# `make test` builds the CUDA kernels for the GPU at hand where there is nvcc: each further architecture takes as long
+# again, and without a GPU tests read off what nvcc makes of them, and run their bodies in an emulation.
 GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
-CUDA_ARCHS ?= $(or $(SEMEDA_FAST_CUDA_ARCHS),$(GPU_ARCH),none)
+NVCC = $(shell $(PYTHON) csrc/cuda/nvcc.py 2>/dev/null)
+CUDA_ARCHS ?= $(or $(SEMEDA_FAST_CUDA_ARCHS),$(if $(NVCC),$(GPU_ARCH)),$(if $(filter cuda,$(SEMEDA_FAST_BUILD)),,none))
+BUILD = $(or $(SEMEDA_FAST_BUILD),$(if $(filter none,$(CUDA_ARCHS)),auto,cuda))
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt \
@@ -100,7 +102,7 @@ $(VENV)/.stamp-python:
 # The development environment holds all that the demo needs, so it serves both.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with its development tools into $(VENV) ..."
-	SEMEDA_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(INSTALL) -e '.[dev]'
+	SEMEDA_FAST_BUILD="$(BUILD)" SEMEDA_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.stamp-demo $@
 
 # On top of the demo's environment, which the development environment holds, too. By its name the package is installed
@@ -113,5 +115,6 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-demo
 # The demo runs on the CPU, so it does not wait for the CUDA kernels.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with what the demo needs into $(VENV) ..."
-	SEMEDA_FAST_CUDA_ARCHS=none $(INSTALL) -e '.[cli,train,metrics,plot]'
+	SEMEDA_FAST_BUILD=$(or $(filter-out cuda,$(SEMEDA_FAST_BUILD)),auto) SEMEDA_FAST_CUDA_ARCHS=none \
+	  $(INSTALL) -e '.[cli,train,metrics,plot]'
 	@touch $@
