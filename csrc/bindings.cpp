@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -81,47 +83,78 @@ py::dict cpu_features() {
     return flags;
 }
 
-// Forward, with its terms put where torch has its tensors: `to` holds the addresses of ce, semeda, per_layer,
-// ce_weight and valid_count; 0 for a map, which the kernels write themselves. Returns how many labels are no
-// class.
-std::int64_t cpu_forward(const semeda_fast::LossParams& given, const std::array<std::uintptr_t, 5>& to) {
-    using semeda_fast::pointer;
+using semeda_fast::buffer_at;
+using semeda_fast::need;
+using semeda_fast::Place;
+using semeda_fast::Span;
+
+// Forward, with its terms put where torch has its tensors: `to` is where ce, semeda, per_layer, ce_weight and
+// valid_count go; none for a map, which the kernels write themselves. Returns how many labels are no class.
+std::int64_t cpu_forward(const semeda_fast::LossParams& given, const std::array<std::optional<Span>, 5>& to) {
     float terms[3 + semeda_fast::MAX_LAYERS] = {};
     std::int64_t counts[2] = {};
     semeda_fast::LossParams p = given;
-    p.terms = terms;
-    p.counts = counts;
+    p.terms = {terms, sizeof terms};
+    p.counts = {counts, sizeof counts};
+    const auto place = [&](std::size_t i) {
+        return to[i] ? buffer_at<float>(*to[i]) : semeda_fast::Buffer<float>();
+    };
+    const auto ce = place(0), semeda = place(1), per_layer = place(2), ce_weight = place(3);
+    const auto valid_count = to[4] ? buffer_at<std::int64_t>(*to[4]) : semeda_fast::Buffer<std::int64_t>();
+    if (ce.is_given()) need("ce", ce, 4);
+    if (semeda.is_given()) need("semeda", semeda, 4);
+    need("per_layer", per_layer, 4 * std::int64_t{p.layers});
+    need("ce_weight", ce_weight, 4);
+    need("valid_count", valid_count, 8);
     semeda_fast::forward(p);
-    if (to[0]) *pointer<float>(to[0]) = terms[0];
-    if (to[1]) *pointer<float>(to[1]) = terms[1];
-    std::copy_n(terms + 3, p.layers, pointer<float>(to[2]));
-    *pointer<float>(to[3]) = terms[2];
-    *pointer<std::int64_t>(to[4]) = counts[0];
+    if (ce.is_given()) *ce = terms[0];
+    if (semeda.is_given()) *semeda = terms[1];
+    std::copy_n(terms + 3, p.layers, per_layer.data);
+    *ce_weight = terms[2];
+    *valid_count = counts[0];
     return counts[1];
 }
 
 using semeda_fast::EagerLoss;
 using semeda_fast::EagerResult;
-using Addresses = std::array<std::uintptr_t, 5>;  // of logits, target, valid, class_weight, kept; 0: none
+using Places = std::array<std::optional<Place>, 5>;  // of logits, target, valid, class_weight, kept
 
-semeda_fast::EagerTensors tensors_at(const Addresses& at, int threads) {
-    using semeda_fast::pointer;
-    return {pointer<void>(at[0]),        pointer<void>(at[1]), pointer<void>(at[2]),
-            pointer<const float>(at[3]), pointer<void>(at[4]), threads};
+semeda_fast::EagerTensors tensors_at(const EagerLoss& loss, const Places& at, int threads) {
+    using semeda_fast::DType;
+    const auto memory = [&](std::size_t i, DType dtype) -> semeda_fast::Memory {
+        if (!at[i]) return {};
+        semeda_fast::TensorView view;
+        view.dtype = dtype;
+        semeda_fast::put(view, *at[i]);
+        return {view.data, view.before, view.after};
+    };
+    return {memory(0, loss.params().logits.dtype),
+            memory(1, loss.params().target.dtype),
+            memory(2, DType::u8),
+            memory(3, DType::f32),
+            memory(4, DType::u8),
+            threads};
 }
 
-EagerResult eager_forward(const EagerLoss& loss, const Addresses& at, float lambda_ce, float lambda_semeda,
-                          std::uintptr_t loss_at, int threads) {
-    const EagerResult result = loss.forward(tensors_at(at, threads), lambda_ce, lambda_semeda);
-    *semeda_fast::pointer<float>(loss_at) = result.loss;
+EagerResult eager_forward(const EagerLoss& loss, const Places& at, float lambda_ce, float lambda_semeda,
+                          const Span& loss_at, int threads) {
+    const auto to = buffer_at<float>(loss_at);
+    need("the loss", to, 4);
+    const EagerResult result = loss.forward(tensors_at(loss, at, threads), lambda_ce, lambda_semeda);
+    *to = result.loss;
     return result;
 }
 
-void eager_backward(const EagerLoss& loss, const Addresses& at, const EagerResult& result,
-                    std::uintptr_t d_loss_at, std::uintptr_t d_logits_at, int dtype,
-                    const std::array<std::int64_t, 4>& d_logits_strides, int threads) {
-    loss.backward(tensors_at(at, threads), result, *semeda_fast::pointer<const float>(d_loss_at),
-                  semeda_fast::make_view(d_logits_at, dtype, d_logits_strides));
+std::int64_t eager_backward(const EagerLoss& loss, const Places& at, const EagerResult& result,
+                            const Span& d_loss_at, const Place& d_logits_at,
+                            const std::array<std::int64_t, 4>& d_logits_strides, int threads) {
+    const auto d_loss = buffer_at<const float>(d_loss_at);
+    need("the gradient of the loss", d_loss, 4);
+    semeda_fast::TensorView d_logits;
+    d_logits.dtype = loss.params().logits.dtype;
+    std::copy_n(d_logits_strides.begin(), 4, d_logits.stride);
+    semeda_fast::put(d_logits, d_logits_at);
+    return loss.backward(tensors_at(loss, at, threads), result, *d_loss, d_logits);
 }
 
 void define_eager(py::module_& module) {
@@ -131,13 +164,11 @@ void define_eager(py::module_& module) {
         .def_readonly("bad_labels", &EagerResult::bad_labels);
     py::class_<EagerLoss>(module, "EagerLoss", py::module_local(),
                           "The loss with its reduction, without addresses; see csrc/cpu/eager.h.")
-        .def(py::init([](const semeda_fast::LossParams& params, const std::vector<std::uintptr_t>& addresses,
-                         bool mean, bool weighted, bool nan_if_empty) {
-                 std::vector<const float*> proxy;
-                 for (const std::uintptr_t address : addresses) {
-                     proxy.push_back(semeda_fast::pointer<const float>(address));
-                 }
-                 return EagerLoss(params, proxy, Reduction{mean, weighted, nan_if_empty});
+        .def(py::init([](const semeda_fast::LossParams& params, const std::vector<Span>& proxy, bool mean,
+                         bool weighted, bool nan_if_empty) {
+                 std::vector<semeda_fast::Buffer<const float>> tensors;
+                 for (const Span& span : proxy) tensors.push_back(buffer_at<const float>(span));
+                 return EagerLoss(params, tensors, Reduction{mean, weighted, nan_if_empty});
              }),
              py::arg("params"), py::arg("proxy"), py::kw_only(), py::arg("mean"), py::arg("weighted"),
              py::arg("nan_if_empty"))
@@ -154,13 +185,21 @@ void define_eager(py::module_& module) {
 }
 
 void define_cpu(py::module_& module) {
+    using semeda_fast::LossParams;
+    const auto checked = [](std::int64_t (*count)(const LossParams&)) {
+        return [count](const LossParams& params) {
+            semeda_fast::check_sizes(params, semeda_fast::MAX_CLASSES);
+            return count(params);
+        };
+    };
     semeda_fast::define_params(module)
-        .def("code_bytes_per_row", &semeda_fast::code_bytes_per_row)
-        .def("saved_floats_per_row", &semeda_fast::saved_floats_per_row);
+        .def("code_bytes_per_row", checked(&semeda_fast::code_bytes_per_row))
+        .def("saved_floats_per_row", checked(&semeda_fast::saved_floats_per_row));
 
     const py::call_guard<py::gil_scoped_release> unlocked;
     module.def("cpu_forward", &cpu_forward, unlocked, "Cross-entropy, distances and codes.");
-    module.def("cpu_backward", &semeda_fast::backward, unlocked, "The gradient of the logits.");
+    module.def("cpu_backward", &semeda_fast::backward, unlocked,
+               "The gradient of the logits; how many valid pixels hold a label that is no class.");
     module.def("has_bad_label", &semeda_fast::has_bad_label, unlocked,
                "Whether a valid pixel's label is no class.");
     module.def("instruction_set", &semeda_fast::instruction_set,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .config import FusedConfig, config_text, parse_config
-from .fused import FusedOps, Outputs, Problem, Saved, name_bad_labels, why_not_taken
-from .native import dtype_code, native_info, native_module
+from .fused import FusedOps, Outputs, Problem, Saved, check_exchanged_labels, name_bad_labels, why_not_taken
+from .memory import INPUTS, check_unchanged, facts_of
+from .native import native_info, native_module, place, span
 from .params import add_gradients, fill
 from .spec import LossSpec
 
@@ -124,12 +125,12 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
     config = problem.config
     params, keep = _params(problem)
     if outputs.codes.numel():
-        params.codes, params.saved_d = outputs.codes.data_ptr(), outputs.saved_d.data_ptr()
-    addresses = [tensor.data_ptr() for tensor in outputs[:5]]
+        params.codes, params.saved_d = span(outputs.codes), span(outputs.saved_d)
+    spans: list[tuple[int, int] | None] = [span(tensor) for tensor in outputs[:5]]
     if config.per_pixel:
-        params.ce_map, params.semeda_map = addresses[:2]
-        addresses[:2] = 0, 0
-    bad = native_module().cpu_forward(params, addresses)
+        params.ce_map, params.semeda_map = spans[:2]
+        spans[:2] = None, None
+    bad = native_module().cpu_forward(params, spans)
     del keep
     if bad and config.check_labels:
         name_bad_labels(problem)
@@ -141,10 +142,11 @@ def _backward(
     params, keep = _params(problem)
     module = native_module()
     add_gradients(module, params, d_ce, d_semeda, d_logits)
-    params.codes = codes.data_ptr()
-    params.saved_d = saved_d.data_ptr() if saved_d.numel() else 0
-    module.cpu_backward(params)
+    params.codes, params.saved_d = span(codes), span(saved_d)
+    bad = module.cpu_backward(params)
     del keep
+    if bad and problem.config.check_labels:
+        check_exchanged_labels(problem)
 
 
 _operators = FusedOps("cpu", WHOSE, ("CPU",), _saved, _forward, _backward)
@@ -163,7 +165,7 @@ class _PreparedCall:
         weighted = inputs.class_weight is not None and not inputs.target.is_floating_point()
         self._native = module.EagerLoss(
             params,
-            [tensor.data_ptr() for tensor in proxy],
+            [span(tensor) for tensor in proxy],
             mean=options.reduction == "mean",
             weighted=weighted,
             nan_if_empty=options.empty == "nan",
@@ -172,8 +174,9 @@ class _PreparedCall:
         self._saved = _saved(logits, inputs.target, config)
         self._config = config_of_call
         self._check_labels = config.check_labels
-        self._dtype = dtype_code(logits.dtype)
-        self._layouts = _layouts(inputs)
+        of_kept = torch.Size([self._kept_bytes])
+        self._layouts = [*_layouts(inputs), (torch.uint8, (1,), of_kept)]
+        self._facts = (*facts_of(inputs), (of_kept, torch.uint8, logits.device))
 
     def forward(
         self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
@@ -181,10 +184,10 @@ class _PreparedCall:
         loss = inputs.logits.new_empty((), dtype=torch.float32)
         kept = inputs.logits.new_empty(self._kept_bytes, dtype=torch.uint8) if save else None
         record = self._native.forward(
-            _addresses(inputs, kept),
+            _places(inputs, kept),
             lambda_ce,
             lambda_semeda,
-            loss.data_ptr(),
+            span(loss),
             torch.get_num_threads(),
         )
         if self._check_labels and record.bad_labels:
@@ -192,21 +195,27 @@ class _PreparedCall:
         return loss, kept, record
 
     def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
-        if _layouts(inputs) != self._layouts:  # a hook has packed what was saved, and unpacked something else
+        if _layouts((*inputs, kept)) != self._layouts:  # a hook has packed what was saved, and unpacked something else
             return self.watched_backward(inputs, kept, record, d_loss)
         d_logits = torch.empty_like(inputs.logits)
-        self._native.backward(
-            _addresses(inputs, kept),
-            record,
-            d_loss.data_ptr(),
-            d_logits.data_ptr(),
-            self._dtype,
-            d_logits.stride(),
-            torch.get_num_threads(),
-        )
+        try:
+            bad = self._native.backward(
+                _places(inputs, kept),
+                record,
+                span(d_loss),
+                place(d_logits),
+                d_logits.stride(),
+                torch.get_num_threads(),
+            )
+        except ValueError:
+            self._check_unchanged(inputs, kept)
+            raise
+        if bad and self._check_labels:
+            check_exchanged_labels(Problem(*inputs, kept, parse_config(self._config)))
         return d_logits
 
     def watched_backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        self._check_unchanged(inputs, kept)
         d_ce, d_semeda = (d_loss * factor for factor in self._native.seeds(record, 1.0))
         saved_d_at, parameters_at = self._native.saved_d_at, self._native.parameters_at
 
@@ -218,13 +227,16 @@ class _PreparedCall:
         flat = kept[parameters_at:].view(torch.float32)
         return _operators.gradient(d_ce, d_semeda, *inputs, flat, codes, saved_d, config=self._config)
 
+    def _check_unchanged(self, inputs: Inputs, kept: Tensor) -> None:
+        check_unchanged((*INPUTS, "what forward kept"), self._facts, (*inputs, kept))
 
-def _layouts(inputs: Inputs) -> list[Any]:
-    return [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in inputs]
+
+def _layouts(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [None if tensor is None else (tensor.dtype, tensor.stride(), tensor.shape) for tensor in tensors]
 
 
-def _addresses(inputs: Inputs, kept: Tensor | None) -> tuple[int, ...]:
-    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in (*inputs, kept)])
+def _places(inputs: Inputs, kept: Tensor | None) -> tuple[tuple[int, int, int] | None, ...]:
+    return tuple([None if tensor is None else place(tensor) for tensor in (*inputs, kept)])
 
 
 def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, options: Options) -> _PreparedCall | None:

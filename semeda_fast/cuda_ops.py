@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import FusedConfig, config_text, parse_config
 from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, on_device, why_not_taken
-from .native import CUDA_EMULATION, cuda_info, cuda_module
+from .native import CUDA_EMULATION, cuda_info, cuda_module, span
 from .params import add_gradients, describe, fill
 from .spec import LossSpec
 from .trial import first_use
@@ -142,14 +142,14 @@ def _index(device: torch.device) -> int:
     return device.index or 0
 
 
-def _queue(run: Callable[[Any, int, int, int], None], params: Any, logits: Tensor) -> None:
+def _queue(run: Callable[[Any, tuple[int, int], int, int], None], params: Any, logits: Tensor) -> None:
     """Call a function of the module on the current stream of the logits' device, with the memory that it needs."""
     device, index = logits.device, _index(logits.device)
     with on_device(logits):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         # The allocator gives this memory away again only to what is queued behind on the same stream.
         workspace = torch.empty(_module().workspace_bytes(params, index), dtype=torch.uint8, device=device)
-        run(params, workspace.data_ptr(), index, stream)
+        run(params, span(workspace), index, stream)
 
 
 def _forward(problem: Problem, outputs: Outputs) -> None:
@@ -159,7 +159,7 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
     if logits.numel():
         module = _module()
         params, keep = fill(module, problem)
-        params.terms, params.counts = terms.data_ptr(), counts.data_ptr()
+        params.terms, params.counts = span(terms), span(counts)
         if outputs.codes.numel():
             need = module.code_bytes(params)
             if need != outputs.codes.numel():
@@ -167,7 +167,7 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
                     f"the CUDA module writes {need} bytes of codes where cuda_ops.py has {outputs.codes.numel()}: they "
                     "are of different versions; install semeda_fast again"
                 )
-            params.codes = outputs.codes.data_ptr()
+            params.codes = span(outputs.codes)
         _queue(module.cuda_forward, params, logits)
         del keep
     else:
@@ -187,7 +187,7 @@ def _backward(
     module = _module()
     params, keep = fill(module, problem)
     add_gradients(module, params, d_ce, d_semeda, d_logits)
-    params.codes = codes.data_ptr()
+    params.codes = span(codes)
     _queue(module.cuda_backward, params, problem.logits)
     del keep
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import flops
 from .capture import asks_gradient, recorded, untraced, watched
-from .checks import check_labels
+from .checks import check_labels, validity
 from .config import FusedConfig, config_text, parse_config
+from .memory import INPUTS, REMEDY, check_consistent, check_kept, check_unchanged, facts_of
 from .spec import LossSpec, LossTerms
 
 
@@ -88,9 +89,27 @@ def assert_labels(problem: Problem, bad: Tensor) -> None:
 
 def name_bad_labels(problem: Problem) -> None:
     """Raise the ValueError of the checks for a target that holds labels which are no class."""
-    config = problem.config
-    spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
-    check_labels(problem.logits, problem.target, problem.valid, spec)
+    check_labels(problem.logits, problem.target, problem.valid, _spec_of_labels(problem))
+
+
+def _spec_of_labels(problem: Problem) -> LossSpec:
+    return LossSpec((), (), (), (), (), ignore_index=problem.config.ignore_index, mode=problem.config.mode)
+
+
+def check_exchanged_labels(problem: Problem) -> None:
+    """Look again, in backward, at labels that were all right in forward.
+
+    Raises:
+        RuntimeError: on the CPU, and the text names the labels; elsewhere an asynchronous assert.
+    """
+    if problem.target.device.type != "cpu":
+        _, bad = validity(problem.logits, problem.target, problem.valid, _spec_of_labels(problem))
+        assert_labels(problem, bad.any())
+        return
+    try:
+        name_bad_labels(problem)
+    except ValueError as error:
+        raise RuntimeError(f"target changed between forward and backward: {error} {REMEDY}") from error
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -121,6 +140,7 @@ def why_not_taken(
 # Defined by hand: what torch.library.custom_op wraps around a function costs 0.1 ms a call.
 _library = torch.library.Library("semeda_fast", "FRAGMENT")
 _EMPTY = Saved((0,), (0,), torch.float32)
+_SAVED = (*INPUTS, "the proxy's parameters", "codes, which forward kept,", "saved_d, which forward kept,")
 
 
 class FusedOps:
@@ -233,9 +253,11 @@ class FusedOps:
         save: bool,
     ) -> tuple[Tensor, ...]:
         settings = parse_config(config)
+        problem = Problem(logits, target, valid, class_weight, flat, settings)
+        check_consistent(problem)
         _check_sizes(logits, target, settings)
         outputs = self.outputs(logits, target, settings, save)
-        self.forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
+        self.forward(problem, outputs)
         return tuple(outputs)
 
     def _fake_forward(
@@ -264,16 +286,23 @@ class FusedOps:
         config: str,
     ) -> Tensor:
         """The gradient of the logits, in their dtype and, where they are dense, their strides."""
-        if not codes.numel() and logits.numel():
-            self._nothing_saved()
-        d_logits = torch.empty_like(logits)
         problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
+        check_consistent(problem)
+        check_kept(self._saved(logits, target, problem.config), codes, saved_d)
+        d_logits = torch.empty_like(logits)
         d_ce, d_semeda = d_ce.to(torch.float32), d_semeda.to(torch.float32)
         self.backward(problem, codes, saved_d, d_ce, d_semeda, d_logits)
         return d_logits
 
     def _differentiate(self, ctx: Any, d_ce: Tensor | None, d_semeda: Tensor | None, *_: None) -> tuple[Any, ...]:
-        logits, target, valid, class_weight, flat, codes, saved_d = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if ctx.facts is not None:
+            check_unchanged(_SAVED, ctx.facts, saved)
+        logits, target, valid, class_weight, flat, codes, saved_d = saved
+        if ctx.target_at not in (None, target.data_ptr()):  # by `target.data = other`, or a hook gave a copy back
+            problem = Problem(logits, target, valid, class_weight, flat, parse_config(ctx.config))
+            if problem.config.check_labels and not target.is_floating_point():
+                check_exchanged_labels(problem)
         zero = logits.new_zeros((), dtype=torch.float32) if d_ce is None or d_semeda is None else None
         if ctx.per_pixel and zero is not None:
             zero = zero.expand(target.shape[0], *target.shape[-2:])
@@ -309,13 +338,6 @@ class FusedOps:
                 "SemedaLoss(backend='reference')"
             )
         return False
-
-    def _nothing_saved(self) -> None:
-        raise RuntimeError(
-            f"the backward pass of backend {self.name!r} was handed nothing that forward had saved: its graph was "
-            "captured where no gradient was asked for; capture it with torch.export, torch.jit.trace or make_fx, which "
-            "save for a later gradient, or with logits that require one"
-        )
 
     def _no_forward_mode(self) -> None:
         raise NotImplementedError(
@@ -365,6 +387,9 @@ class _Eager(torch.autograd.Function):
         output: tuple[Tensor, ...] = run(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.operators = operators
+        ctx.facts = facts_of((*inputs[:5], output[5], output[6]))
+        if run == operators._run_forward:
+            ctx.target_at = inputs[1].data_ptr()
         return output
 
     @staticmethod
@@ -436,4 +461,5 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # or each backward would fill zeros of the size of `codes`
     ctx.config = config
+    ctx.facts = ctx.target_at = None  # compiled code keeps its tensors itself
     ctx.per_pixel = parse_config(config).per_pixel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import FusedConfig
 from .fused import Problem
-from .native import dtype_code, tensor_view
+from .native import dtype_code, span, tensor_view
 from .spec import DISTANCES, TAPS
 
 
@@ -18,8 +18,8 @@ def describe(module: Any, config: FusedConfig, dtype: torch.dtype) -> Any:
     """LossParams of a native module for one pixel of logits of that dtype, without any address."""
     params = module.LossParams(_settings(module, config))
     params.n = params.h = params.w = 1
-    params.logits = module.View(0, dtype_code(dtype), [0, 0, 0, 0])
-    params.target = module.View(0, dtype_code(torch.int64), [0, 0, 0, 0])
+    params.logits = module.View(0, dtype_code(dtype), [0, 0, 0, 0], 0, 0)
+    params.target = module.View(0, dtype_code(torch.int64), [0, 0, 0, 0], 0, 0)
     return params
 
 
@@ -36,7 +36,7 @@ def fill(module: Any, problem: Problem) -> tuple[Any, list[Tensor]]:
         return keep[-1]
 
     params = module.LossParams(_settings(module, config))
-    params.set_proxy(flat.data_ptr())
+    params.set_proxy(span(flat))
     params.n, _, h, w = logits.shape
     params.h, params.w = target.shape[-2:]
     if (h, w) != (params.h, params.w):
@@ -50,7 +50,7 @@ def fill(module: Any, problem: Problem) -> tuple[Any, list[Tensor]]:
     if valid is not None:
         params.valid = tensor_view(module, valid)
     if class_weight is not None:
-        params.class_weight = float32(class_weight).data_ptr()
+        params.class_weight = span(float32(class_weight))
     return params, keep
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .config import FusedConfig
 from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, on_device, why_not_taken
 from .installation import why_missing
+from .memory import INPUTS, check_memory
 from .spec import LossSpec
 from .trial import first_use
 
@@ -105,6 +106,8 @@ def _plan_module() -> ModuleType:
 
 
 def _inputs(problem: Problem) -> Any:
+    check_memory((*INPUTS, "the proxy's parameters"), problem[:5])
+
     def bytes_of(tensor: Tensor | None) -> Tensor | None:
         return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
 
@@ -153,6 +156,7 @@ def _backward(
 ) -> None:
     if not d_logits.numel():
         return
+    check_memory(("codes", "saved_d", "d_ce", "d_semeda"), (codes, saved_d, d_ce, d_semeda))
     with on_device(problem.logits):
         module = _launches()
         d_ce, d_semeda = d_ce.contiguous(), d_semeda.contiguous()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from semeda_fast.fused import Problem
-from semeda_fast.native import cuda_module
+from semeda_fast.native import cuda_module, span
 from semeda_fast.params import add_gradients, fill
 
 VARIABLE = "SEMEDA_FAST_CUDA_EMULATION"
@@ -153,9 +153,9 @@ def run(problem: Problem, poison: int = 0xFF, d_ce: float = D_CE, d_semeda: floa
         d_logits = memory.like("d_logits", problem.logits, poison)
         around = _between(d_logits, poison)
         add_gradients(module, params, ce_at, semeda_at, d_logits)
-        params.codes = codes.data_ptr()
+        params.codes = span(codes)
         space = memory.new("workspace of backward", module.workspace_bytes(params, 0), torch.uint8, poison)
-        module.cuda_backward(params, space.data_ptr(), 0, 0)
+        module.cuda_backward(params, span(space), 0, 0)
         del keep
         memory.check()
         assert torch.equal(kept, codes), "backward wrote to the codes"
@@ -216,9 +216,9 @@ def _forward(memory: Memory, problem: Problem, poison: int, with_codes: bool) ->
     counts = memory.new("counts", 2, torch.int64, poison)
     codes = memory.new("codes", module.code_bytes(params), torch.uint8, poison)
     space = memory.new("workspace of forward", module.workspace_bytes(params, 0), torch.uint8, poison)
-    params.terms, params.counts = terms.data_ptr(), counts.data_ptr()
-    params.codes = codes.data_ptr() if with_codes else 0
-    module.cuda_forward(params, space.data_ptr(), 0, 0)
+    params.terms, params.counts = span(terms), span(counts)
+    params.codes = span(codes) if with_codes else None
+    module.cuda_forward(params, span(space), 0, 0)
     del keep
     return placed, Result(terms, counts, codes, terms)
 

@@ -50,11 +50,11 @@ std::string why_unavailable() {
 std::string why_unsupported(const LossParams&, int) { return "these are no kernels"; }
 std::int64_t code_bytes(const LossParams&) { return 0; }
 std::int64_t workspace_bytes(const LossParams&, int) { return 0; }
-void forward(const LossParams&, void* workspace, int, std::uintptr_t stream) {
-    fill_kernel<<<1, 32, 0, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<float*>(workspace));
+void forward(const LossParams&, const Buffer<char>& workspace, int, std::uintptr_t stream) {
+    fill_kernel<<<1, 32, 0, reinterpret_cast<cudaStream_t>(stream)>>>(reinterpret_cast<float*>(workspace.data));
     if (cudaGetLastError() != cudaSuccess) throw std::runtime_error("the launch failed");
 }
-void backward(const LossParams&, void*, int, std::uintptr_t) {}
+void backward(const LossParams&, const Buffer<char>&, int, std::uintptr_t) {}
 std::map<std::string, std::int64_t> plan(const LossParams&, int, bool) { return {}; }
 void force_tile(int, int) {}
 

@@ -40,15 +40,16 @@ class Params:
 
     def __init__(self, other: Params | None = None) -> None:
         self.layers: list[tuple[Any, ...]] = []
-        self.codes = self.proxy = 0
+        self.codes: tuple[int, int] | None = None
+        self.proxy: tuple[int, int] | None = None
         if other is not None:
             self.__dict__.update(other.__dict__)
 
     def add_layer(self, *layer: Any) -> None:
         self.layers.append(layer)
 
-    def set_proxy(self, address: int) -> None:
-        self.proxy = address
+    def set_proxy(self, span: tuple[int, int]) -> None:
+        self.proxy = span
 
 
 class Module:
@@ -62,8 +63,8 @@ class Module:
         self.refusal = ""
         self.code_bytes_off = 0
 
-    def View(self, address: int, dtype: int, strides: list[int]) -> tuple[Any, ...]:
-        return address, dtype, strides
+    def View(self, address: int, dtype: int, strides: list[int], offset: int, num_bytes: int) -> tuple[Any, ...]:
+        return address, dtype, strides, offset, num_bytes
 
     def why_unavailable(self) -> str:
         return "the driver is too old"
@@ -78,15 +79,19 @@ class Module:
     def workspace_bytes(self, params: Params, device: int) -> int:
         return 1000
 
-    def cuda_forward(self, params: Any, workspace: int, device: int, stream: int) -> None:
-        assert workspace % 64 == 0
-        assert workspace
-        terms = (ctypes.c_float * (3 + LAYERS)).from_address(params.terms)
+    def cuda_forward(self, params: Any, workspace: tuple[int, int], device: int, stream: int) -> None:
+        address, num_bytes = workspace
+        assert address % 64 == 0
+        assert address
+        assert num_bytes == 1000
+        assert params.terms[1] == 4 * (3 + LAYERS)
+        assert params.counts[1] == 16
+        terms = (ctypes.c_float * (3 + LAYERS)).from_address(params.terms[0])
         terms[:] = [1.5, 2.5, 3.5, 4.0, 5.0, 6.0]
-        (ctypes.c_int64 * 2).from_address(params.counts)[:] = [7, 0]
+        (ctypes.c_int64 * 2).from_address(params.counts[0])[:] = [7, 0]
         self.calls.append(("forward", params, device, stream))
 
-    def cuda_backward(self, params: Any, workspace: int, device: int, stream: int) -> None:
+    def cuda_backward(self, params: Any, workspace: tuple[int, int], device: int, stream: int) -> None:
         self.calls.append(("backward", params, device, stream))
 
 
@@ -321,8 +326,8 @@ def test_the_module_is_asked_once_for_a_proxy_a_dtype_and_a_device(module: Modul
     assert len(module.asked) == 3
     params: Any = module.asked[0][0]
     assert (params.n, params.h, params.w, params.classes) == (1, 1, 1, 5)
-    assert params.logits == (0, 0, [0, 0, 0, 0])
-    assert params.proxy == 0  # no addresses: it may be asked under a compiler
+    assert params.logits == (0, 0, [0, 0, 0, 0], 0, 0)
+    assert params.proxy is None  # no addresses: it may be asked under a compiler
     assert [layer[:3] for layer in params.layers] == [(16, 5, 3), (32, 16, 3), (2, 32, 3)]
 
 
@@ -337,14 +342,15 @@ def test_what_forward_hands_over(module: Module) -> None:
     ((kind, params, device, stream),) = module.calls
     assert (kind, device, stream) == ("forward", 0, 0)
     assert (params.n, params.h, params.w, params.classes, params.binary, params.soft) == (2, 6, 8, 5, False, False)
-    assert params.logits == (base.data_ptr(), 0, [480, 96, 16, 2])
-    assert params.target == (target.data_ptr(), 5, [48, 0, 1, 6])
-    assert params.valid == (valid.data_ptr(), 3, [48, 0, 8, 1])
+    assert params.logits == (base.data_ptr(), 0, [480, 96, 16, 2], 0, 4 * 960)
+    assert params.target == (target.data_ptr(), 5, [48, 0, 1, 6], 0, 2 * 96)
+    assert params.valid == (valid.data_ptr(), 3, [48, 0, 8, 1], 0, 96)
     assert (params.ignore_index, params.label_smoothing, params.tap, params.distance) == (VOID, 0.25, 1, 0)
-    assert params.class_weight not in (0, weight.data_ptr())  # kernels read fp32
-    assert params.codes == outputs.codes.data_ptr()
+    assert params.class_weight[0] not in (0, weight.data_ptr())  # kernels read fp32
+    assert params.class_weight[1] == 4 * 5
+    assert params.codes == (outputs.codes.data_ptr(), 19 * 2 * 6 * 8)
     assert outputs.codes.shape == (19 * 2 * 6 * 8,)
-    assert params.proxy == problem.flat.data_ptr()
+    assert params.proxy == (problem.flat.data_ptr(), 4 * problem.flat.numel())
     assert params.layers[1][3:] == (1 / (32 * 2.0), 1.5 / (32 * 2.0))
     # What the kernel wrote, in the order of csrc/params.h.
     assert [float(value) for value in (outputs.ce, outputs.semeda, outputs.ce_weight)] == [1.5, 2.5, 3.5]
@@ -358,7 +364,7 @@ def test_labels_of_any_width_in_binary_mode(module: Module, dtype: torch.dtype) 
     problem = problem_of(logits, torch.ones(1, 3, 4).to(dtype), make_proxy(2), mode="binary")
     forward(problem, save=False)
     params = module.calls[0][1]
-    assert (params.binary, params.classes, params.codes, params.logits[1]) == (True, 2, 0, 1)
+    assert (params.binary, params.classes, params.codes, params.logits[1]) == (True, 2, None, 1)
     codes = {torch.bool: 3, torch.uint8: 3, torch.int8: 4, torch.int32: 6, torch.int64: 7}
     assert params.target[1] == codes[dtype]
 
@@ -371,11 +377,11 @@ def test_what_backward_hands_over(module: Module) -> None:
     cuda_ops._backward(problem, codes, torch.empty(0), one, two, d_logits)
     ((kind, params, _, _),) = module.calls
     assert kind == "backward"
-    assert params.codes == codes.data_ptr()
-    assert params.d_ce == (one.data_ptr(), 0, [0, 0, 0, 0])
-    assert params.d_semeda == (two.data_ptr(), 0, [0, 0, 0, 0])
+    assert params.codes == (codes.data_ptr(), 19 * 12)
+    assert params.d_ce == (one.data_ptr(), 0, [0, 0, 0, 0], 0, 4)
+    assert params.d_semeda == (two.data_ptr(), 0, [0, 0, 0, 0], 0, 4)
     assert params.d_semeda_is_map is False
-    assert params.d_logits == (d_logits.data_ptr(), 0, [60, 1, 20, 5])
+    assert params.d_logits == (d_logits.data_ptr(), 0, [60, 1, 20, 5], 0, 4 * 60)
 
 
 def test_nothing_is_launched_without_pixels(module: Module) -> None:

@@ -62,12 +62,12 @@ class Machine:
     def plan(self, params: Any, device: int, backward: bool) -> dict[str, int]:
         return self._with_tile(self._module.plan, params, device, backward)
 
-    def cuda_forward(self, params: Any, workspace: int, device: int, stream: int) -> None:
+    def cuda_forward(self, params: Any, workspace: tuple[int, int], device: int, stream: int) -> None:
         self._run("forward", params, workspace, device, stream)
         if self.tile in self.wrong:
-            ctypes.c_float.from_address(params.terms).value *= 1.0001
+            ctypes.c_float.from_address(params.terms[0]).value *= 1.0001
 
-    def cuda_backward(self, params: Any, workspace: int, device: int, stream: int) -> None:
+    def cuda_backward(self, params: Any, workspace: tuple[int, int], device: int, stream: int) -> None:
         self._run("backward", params, workspace, device, stream)
 
     @property
@@ -279,7 +279,7 @@ def test_where_the_planners_own_tile_fails_the_other_workloads_go_on(timer: Time
     machine = Machine()
     whole = machine.cuda_forward
 
-    def first_fails(params: Any, *rest: int) -> None:
+    def first_fails(params: Any, *rest: Any) -> None:
         if params.classes == 3:
             raise RuntimeError("no such kernel")
         whole(params, *rest)

@@ -29,7 +29,7 @@ from semeda_fast import backends, cuda_ops
 from semeda_fast.config import config_text, parse_config
 from semeda_fast.files import atomic_path
 from semeda_fast.fused import Problem
-from semeda_fast.native import cuda_module
+from semeda_fast.native import cuda_module, span
 from semeda_fast.params import add_gradients, fill
 
 from .. import machine, oracle, timing
@@ -103,14 +103,14 @@ class Direction:
         if codes is None:
             codes = new(module.code_bytes(self._params), dtype=torch.uint8)
             terms, counts = new(3 + len(config.sizes), dtype=torch.float32), new(2, dtype=torch.int64)
-            self._params.terms, self._params.counts = terms.data_ptr(), counts.data_ptr()
+            self._params.terms, self._params.counts = span(terms), span(counts)
             self._outputs = [terms, counts, codes]
         else:
             upstream, d_logits = new((), dtype=torch.float32).fill_(1), torch.empty_like(inputs.logits)
             self._keep.append(upstream)
             add_gradients(module, self._params, upstream, upstream, d_logits)
             self._outputs = [d_logits]
-        self._params.codes = codes.data_ptr()
+        self._params.codes = span(codes)
         found = self._plan(None)
         self.planned = Tile(found["rows"], found["width"])
         self.plans = {self.planned: found}
@@ -141,7 +141,7 @@ class Direction:
 
         def step() -> None:
             with forced(self._module, chosen):
-                run(self._params, self._workspace.data_ptr(), self._index, self._stream)
+                run(self._params, span(self._workspace), self._index, self._stream)
 
         return step
 

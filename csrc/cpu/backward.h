@@ -164,7 +164,8 @@ class BackwardTask {
         for (int l = 0; l < p_.layers; ++l) forget(s_.d_t[l], win_.width);
     }
 
-    void run() {
+    // How many of the task's labels are no class.
+    std::int64_t run() {
         const int layers = p_.layers;
         // No gradient flows into the features: cross-entropy alone is left.
         const bool features = p_.d_semeda_is_map || scale_ != 0.0f;
@@ -189,6 +190,7 @@ class BackwardTask {
             }
         }
         if (p_.logits_h > 0) s_.downsampler.finish();
+        return bad_;
     }
 
   private:
@@ -322,7 +324,9 @@ class BackwardTask {
         }
         read_floats(p_.d_ce, win_.n, y, win_.xa + x, 1, width, s_.g + x, plan_.pitch);
         for (int i = 0; labels.any_bad && i < width; ++i) {
-            if (labels.bad[i]) s_.g[x + i] = std::numeric_limits<float>::quiet_NaN();
+            if (!labels.bad[i]) continue;
+            s_.g[x + i] = std::numeric_limits<float>::quiet_NaN();
+            ++bad_;
         }
         backward_row(p_, cw_, labels, units, width, z + x, plan_.pitch,
                      features ? s_.d_p.row(y) + x : nullptr, plan_.pitch, scale_, q, s_.g + x);
@@ -341,7 +345,7 @@ class BackwardTask {
     Arena arena_;
     BackwardScratch s_;
     Ahead ahead_;
-    std::int64_t products_ = 0;
+    std::int64_t products_ = 0, bad_ = 0;
     float scale_;
     std::int64_t done_[MAX_LAYERS + 1];
 };

@@ -6,10 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <stdexcept>
+#include <string>
+#include <thread>
 #include <vector>
 
+#include "../check.h"
 #include "features.h"
 #include "plan.h"
 
@@ -87,6 +91,12 @@ CallMemory& memory_of_caller() {
 
 std::atomic<std::uint64_t> runs{0};  // of run_tasks, whatever its tasks
 
+// A team larger than this gains nothing, and OpenMP ends the process where the system has no more threads.
+int max_threads() {
+    static const int most = std::max(64, 4 * static_cast<int>(std::thread::hardware_concurrency()));
+    return most;
+}
+
 // task(i, scratch, zero) for i in [0, tasks), in any order, on up to `threads` threads. Scratch is zero where
 // tasks are not `alike`. Those that are lay it out alike, and leave zero what they expect to be zero; a
 // thread's first one is told to zero that itself.
@@ -95,7 +105,7 @@ void run_tasks(std::int64_t tasks, bool alike, int threads, std::size_t scratch_
     const std::uint64_t number = ++runs;
     const std::size_t floats = scratch_bytes / sizeof(float) + 1;
     const int team =
-        forked.load() ? 1 : static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), tasks));
+        forked.load() ? 1 : static_cast<int>(std::min<std::int64_t>(std::min(threads, max_threads()), tasks));
     std::atomic<bool> out_of_memory{false};
     const auto one = [&](std::int64_t i) {
         if (out_of_memory.load(std::memory_order_relaxed)) return;
@@ -142,16 +152,19 @@ void ask_for_huge_pages(const void* data, std::int64_t bytes) {
 #endif
 }
 
-// Bytes from a gradient's first element to its last; the gradient is dense, whatever its layout.
+// Bytes from a gradient's address on; it is dense, whatever its layout.
 std::int64_t gradient_bytes(const LossParams& p) {
-    const std::int64_t sizes[4] = {p.n, p.binary ? 1 : p.classes, p.logits_h > 0 ? p.logits_h : p.h,
-                                   p.logits_w > 0 ? p.logits_w : p.w};
-    std::int64_t elements = 1;
-    for (int i = 0; i < 4; ++i) {
-        if (sizes[i] == 0) return 0;
-        elements += (sizes[i] - 1) * p.d_logits.stride[i];
-    }
-    return elements * (p.d_logits.dtype == DType::f32 ? 4 : 2);
+    const std::int64_t rows = p.n * (p.binary ? 1 : p.classes) * (p.logits_h > 0 ? p.logits_h : p.h);
+    const std::int64_t elements = rows * (p.logits_w > 0 ? p.logits_w : p.w);
+    return std::min(p.d_logits.after, elements * element_bytes(p.d_logits.dtype));
+}
+
+// Holds a problem against the memory that came with it.
+void check(const LossParams& p, Direction direction) {
+    check_sizes(p, MAX_CLASSES);
+    check_range("threads", p.threads, 1, std::numeric_limits<int>::max());
+    const std::int64_t rows = p.n * p.h;
+    check_memory(p, direction, rows * code_bytes_per_row(p), rows * saved_floats_per_row(p) * 4);
 }
 
 double seconds() {
@@ -162,10 +175,10 @@ double seconds() {
 
 const char* instruction_set() { return kernels().name; }
 
-bool use_instruction_set(const char* name) {
+bool use_instruction_set(const std::string& name) {
     for (int i = 0; i < NUM_KERNELS; ++i) {
         const Kernels* k = all_kernels()[i];
-        if (processor_has(k) && !std::strcmp(k->name, name)) {
+        if (processor_has(k) && name == k->name) {
             chosen.store(k);
             return true;
         }
@@ -185,6 +198,12 @@ const char* const* built_instruction_sets() {
 }
 
 void forward(const LossParams& p) {
+    check(p, Direction::forward);
+    if (p.n * p.h * p.w == 0) {
+        std::fill_n(p.terms.data, 3 + p.layers, 0.0f);
+        std::fill_n(p.counts.data, 2, std::int64_t{0});
+        return;
+    }
     const Kernels& k = kernels();
     CallMemory& memory = memory_of_caller();
     const Plan plan = make_plan(p, false, k, memory.forward_weights);
@@ -216,7 +235,9 @@ void forward(const LossParams& p) {
     p.counts[1] = static_cast<std::int64_t>(total[SUM_BAD]);
 }
 
-void backward(const LossParams& p) {
+std::int64_t backward(const LossParams& p) {
+    check(p, Direction::backward);
+    if (p.n * p.h * p.w == 0) return 0;
     const Kernels& k = kernels();
     CallMemory& memory = memory_of_caller();
     const Plan plan = make_plan(p, true, k, memory.backward_weights);
@@ -225,17 +246,22 @@ void backward(const LossParams& p) {
     float* partial = upsampled
                          ? memory.partial.floats(static_cast<std::size_t>(plan.tasks * plan.partial_floats))
                          : nullptr;
+    std::atomic<std::int64_t> bad{0};
     run_tasks(plan.tasks, plan.strips == 1, p.threads, k.backward_scratch(plan),
               [&](std::int64_t task, void* scratch, bool zero) {
-                  k.backward_task(plan, task, scratch, zero,
-                                  upsampled ? partial + task * plan.partial_floats : nullptr);
+                  bad += k.backward_task(plan, task, scratch, zero,
+                                         upsampled ? partial + task * plan.partial_floats : nullptr);
               });
-    if (!upsampled) return;
-    run_tasks(p.n * p.logits_h, false, p.threads, k.gather_scratch(plan),
-              [&](std::int64_t row, void* scratch, bool) { k.gather_partial(plan, row, scratch, partial); });
+    if (upsampled) {
+        run_tasks(
+            p.n * p.logits_h, false, p.threads, k.gather_scratch(plan),
+            [&](std::int64_t row, void* scratch, bool) { k.gather_partial(plan, row, scratch, partial); });
+    }
+    return bad;
 }
 
 double fma_peak(int threads) {
+    check_range("threads", threads, 1, max_threads());
     const Kernels& k = kernels();
     double best = 0;
     const std::int64_t rounds = 4000000;
@@ -251,16 +277,22 @@ double fma_peak(int threads) {
     return best;
 }
 
-double copy_bandwidth(int threads, std::size_t num_bytes) {
-    std::vector<char> from(num_bytes, 1), to(num_bytes, 2);
-    const std::size_t part = num_bytes / static_cast<std::size_t>(std::max(threads, 1));
+double copy_bandwidth(int threads, std::int64_t num_bytes) {
+    constexpr std::int64_t MOST = std::int64_t{1} << 32;
+    check_range("threads", threads, 1, max_threads());
+    check_range("num_bytes", num_bytes, threads, MOST);
+    const auto bytes = static_cast<std::size_t>(num_bytes), part = bytes / static_cast<std::size_t>(threads);
+    const std::unique_ptr<char[]> from(new (std::nothrow) char[bytes]), to(new (std::nothrow) char[bytes]);
+    if (!from || !to) throw std::bad_alloc();
+    std::memset(from.get(), 1, bytes);
+    std::memset(to.get(), 2, bytes);
     double best = 0;
     for (int attempt = 0; attempt < 5; ++attempt) {
         const double start = seconds();
 #if defined(_OPENMP)
     #pragma omp parallel for schedule(static, 1) num_threads(threads)
 #endif
-        for (int i = 0; i < threads; ++i) std::memcpy(to.data() + i * part, from.data() + i * part, part);
+        for (int i = 0; i < threads; ++i) std::memcpy(to.get() + i * part, from.get() + i * part, part);
         best = std::max(best, 2.0 * static_cast<double>(part) * threads / (seconds() - start));
     }
     return best;

@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <string>
+
+#include "../check.h"
 
 namespace semeda_fast {
 
@@ -9,61 +12,90 @@ namespace {
 
 std::int64_t to_line(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Floats of the proxy's tensor of that number: weights first.
+std::int64_t parameters_of(const LossParams& p, int number) {
+    return number < p.layers ? weights_of(p.layer[number]) : p.layer[number - p.layers].out;
+}
+
+void place(TensorView& view, const Memory& memory) {
+    view.data = memory.data;
+    view.before = memory.before;
+    view.after = memory.after;
+}
+
 float divisor(const Reduction& reduction, float count) {
     return count > 0 || reduction.nan_if_empty ? count : 1.0f;
 }
 
 }  // namespace
 
-EagerLoss::EagerLoss(const LossParams& params, const std::vector<const float*>& proxy,
+EagerLoss::EagerLoss(const LossParams& params, const std::vector<Buffer<const float>>& proxy,
                      const Reduction& reduction)
     : params_(params), proxy_(proxy), reduction_(reduction) {
+    check_sizes(params, MAX_CLASSES);
     const std::int64_t rows = params.n * params.h;
     saved_d_at_ = to_line(rows * code_bytes_per_row(params));
     parameters_at_ = to_line(saved_d_at_ + rows * saved_floats_per_row(params) * 4);
-    for (int l = 0; l < params.layers; ++l) {
-        parameter_bytes_ += 4 * (weights_of(params.layer[l]) + params.layer[l].out);
+    if (proxy.size() != 2 * static_cast<std::size_t>(params.layers)) {
+        refuse(std::to_string(proxy.size()) + " tensors for the weights and biases of " +
+               std::to_string(params.layers) + " layers");
+    }
+    for (int i = 0; i < 2 * params.layers; ++i) {
+        const std::int64_t bytes = 4 * parameters_of(params, i);
+        need("a tensor of the proxy", proxy[static_cast<std::size_t>(i)], bytes);
+        parameter_bytes_ += bytes;
     }
 }
 
 LossParams EagerLoss::with(const EagerTensors& tensors, const float* parameters) const {
     LossParams p = params_;
-    p.logits.data = tensors.logits;
-    p.target.data = tensors.target;
-    p.valid.data = tensors.valid;
-    p.class_weight = tensors.class_weight;
-    p.threads = tensors.threads;
-    if (tensors.kept) {
-        p.codes = static_cast<std::uint8_t*>(tensors.kept);
-        if (parameters_at_ > saved_d_at_) p.saved_d = reinterpret_cast<float*>(p.codes + saved_d_at_);
+    place(p.logits, tensors.logits);
+    place(p.target, tensors.target);
+    place(p.valid, tensors.valid);
+    p.class_weight = {};
+    if (tensors.class_weight.is_given()) {
+        p.class_weight = {static_cast<const float*>(tensors.class_weight.data), tensors.class_weight.after};
     }
-    set_proxy(p, parameters);
+    p.threads = tensors.threads;
+    p.ce_map = p.semeda_map = {};
+    p.codes = {};
+    p.saved_d = {};
+    if (tensors.kept.is_given()) {
+        auto* kept = static_cast<std::uint8_t*>(tensors.kept.data);
+        p.codes = {kept, saved_d_at_};
+        p.saved_d = {reinterpret_cast<float*>(kept + saved_d_at_), parameters_at_ - saved_d_at_};
+    }
+    set_proxy(p, {parameters, parameter_bytes_});
     return p;
+}
+
+float* EagerLoss::parameters_in(const Memory& kept) const {
+    need("what forward keeps for backward", Buffer<float>{static_cast<float*>(kept.data), kept.after},
+         kept_bytes());
+    return reinterpret_cast<float*>(static_cast<char*>(kept.data) + parameters_at_);
 }
 
 EagerResult EagerLoss::forward(const EagerTensors& tensors, float lambda_ce, float lambda_semeda) const {
     // A copy, so that a change of the proxy between the directions reaches none of them.
     thread_local std::vector<float> own;
     float* parameters;
-    if (tensors.kept) {
-        parameters = reinterpret_cast<float*>(static_cast<char*>(tensors.kept) + parameters_at_);
+    if (tensors.kept.is_given()) {
+        parameters = parameters_in(tensors.kept);
     } else {
         own.resize(static_cast<std::size_t>(parameter_bytes_ / 4));
         parameters = own.data();
     }
     float* next = parameters;
-    for (int i = 0; i < 2 * params_.layers; ++i) {
-        const Layer& layer = params_.layer[i % params_.layers];
-        const std::int64_t count = i < params_.layers ? weights_of(layer) : layer.out;
-        std::memcpy(next, proxy_[static_cast<std::size_t>(i)],
-                    static_cast<std::size_t>(count) * sizeof(float));
+    for (std::size_t i = 0; i < proxy_.size(); ++i) {
+        const std::int64_t count = parameters_of(params_, static_cast<int>(i));
+        std::memcpy(next, proxy_[i].data, static_cast<std::size_t>(count) * sizeof(float));
         next += count;
     }
     LossParams p = with(tensors, parameters);
     float terms[3 + MAX_LAYERS] = {};
     std::int64_t counts[2] = {};
-    p.terms = terms;
-    p.counts = counts;
+    p.terms = {terms, sizeof terms};
+    p.counts = {counts, sizeof counts};
     semeda_fast::forward(p);
 
     EagerResult result;
@@ -94,16 +126,17 @@ void EagerLoss::seeds(const EagerResult& result, float d_loss, float& d_ce, floa
     }
 }
 
-void EagerLoss::backward(const EagerTensors& tensors, const EagerResult& result, float d_loss,
-                         const View& d_logits) const {
-    LossParams p = with(
-        tensors, reinterpret_cast<const float*>(static_cast<const char*>(tensors.kept) + parameters_at_));
+std::int64_t EagerLoss::backward(const EagerTensors& tensors, const EagerResult& result, float d_loss,
+                                 const TensorView& d_logits) const {
+    LossParams p = with(tensors, parameters_in(tensors.kept));
     float d_ce, d_semeda;
     seeds(result, d_loss, d_ce, d_semeda);
-    p.d_ce.data = &d_ce;
-    p.d_semeda.data = &d_semeda;
+    p.d_ce = p.d_semeda = TensorView{};
+    place(p.d_ce, {&d_ce, 0, sizeof d_ce});
+    place(p.d_semeda, {&d_semeda, 0, sizeof d_semeda});
+    p.d_semeda_is_map = false;
     p.d_logits = d_logits;
-    semeda_fast::backward(p);
+    return semeda_fast::backward(p);
 }
 
 }  // namespace semeda_fast

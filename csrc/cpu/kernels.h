@@ -51,8 +51,8 @@ void forward_task(const Plan& plan, std::int64_t task, void* scratch, bool zero,
     ForwardTask(plan, task, scratch, zero, sums).run();
 }
 
-void backward_task(const Plan& plan, std::int64_t task, void* scratch, bool zero, float* partial) {
-    BackwardTask(plan, task, scratch, zero, partial).run();
+std::int64_t backward_task(const Plan& plan, std::int64_t task, void* scratch, bool zero, float* partial) {
+    return BackwardTask(plan, task, scratch, zero, partial).run();
 }
 
 // Independent chains of fused multiply-adds in registers, as many as hide their latency.

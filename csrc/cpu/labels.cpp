@@ -1,4 +1,7 @@
 // Are all labels classes? One pass over them at their own width, before anything is computed.
+#include <limits>
+
+#include "../check.h"
 #include "api.h"
 
 namespace semeda_fast {
@@ -29,6 +32,11 @@ bool is_bad(const LossParams& p, std::int64_t n, std::int64_t y) {
 }  // namespace
 
 bool has_bad_label(const LossParams& p) {
+    check_image(p);
+    check_range("the number of classes", p.classes, 0, std::numeric_limits<int>::max());
+    if (p.soft) refuse("a soft target holds no labels");
+    check_labels(p);
+    if (p.w == 0) return false;
     for (std::int64_t row = 0; row < p.n * p.h; ++row) {
         const std::int64_t n = row / p.h, y = row % p.h;
         bool bad = false;

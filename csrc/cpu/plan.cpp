@@ -363,18 +363,6 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
     return plan;
 }
 
-const char* why_unsupported(const LossParams& p) {
-    if (p.layers < 2 || p.layers > MAX_LAYERS) return "a proxy has 2 to 8 layers here";
-    if (p.classes < 1 || p.classes > MAX_CLASSES) return "there are more than 1024 classes";
-    for (int l = 0; l < p.layers; ++l) {
-        if (p.layer[l].ksize % 2 == 0) return "a kernel has an even size";
-    }
-    if ((p.logits_h > 0) != (p.logits_w > 0) || p.logits_h > p.h || p.logits_w > p.w) {
-        return "logits can be scaled up, not down";
-    }
-    return nullptr;
-}
-
 std::int64_t code_bytes_per_row(const LossParams& p) {
     Plan plan;
     lay_out_codes(p, plan);

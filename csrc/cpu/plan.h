@@ -152,8 +152,9 @@ struct Kernels {
     // Sums of the task's rows go to sums + (row of the batch * strips + strip) * (SUM_LAYERS + L).
     void (*forward_task)(const Plan&, std::int64_t task, void* scratch, bool zero, double* sums);
     // Gradients of logits that are scaled up go to partial + task * partial_floats, and gather_partial makes
-    // each row of d_logits (counted over the batch) of all tasks' parts.
-    void (*backward_task)(const Plan&, std::int64_t task, void* scratch, bool zero, float* partial);
+    // each row of d_logits (counted over the batch) of all tasks' parts. Returns how many labels are no
+    // class.
+    std::int64_t (*backward_task)(const Plan&, std::int64_t task, void* scratch, bool zero, float* partial);
     void (*gather_partial)(const Plan&, std::int64_t row, void* scratch, const float* partial);
     double (*fma_loop)(std::int64_t rounds);  // returns FLOP done
 };

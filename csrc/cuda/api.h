@@ -24,10 +24,11 @@ std::int64_t code_bytes(const LossParams& params);
 // Bytes of device memory that forward, or backward, needs while it runs; contents need not be set.
 std::int64_t workspace_bytes(const LossParams& params, int device);
 
-// Addresses are on the device; everything is queued on the stream (a cudaStream_t), nothing waits.
-// An error of a launch is thrown as std::runtime_error.
-void forward(const LossParams& params, void* workspace, int device, std::uintptr_t stream);
-void backward(const LossParams& params, void* workspace, int device, std::uintptr_t stream);
+// Addresses are on the device; everything is queued on the stream (a cudaStream_t), nothing waits. Memory
+// that is too small for the sizes is a std::invalid_argument before anything is queued (../check.h); an error
+// of a launch is a std::runtime_error.
+void forward(const LossParams& params, const Buffer<char>& workspace, int device, std::uintptr_t stream);
+void backward(const LossParams& params, const Buffer<char>& workspace, int device, std::uintptr_t stream);
 
 // How a loss would be cut into tiles on a device: rows, columns, tiles, shared (bytes a block), resident
 // (weights stay in shared memory), blocks (of the grid), workspace. For measurements and tests.

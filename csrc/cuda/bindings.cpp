@@ -16,9 +16,12 @@ using semeda_fast::LossParams;
 
 namespace {
 
-template <void (*RUN)(const LossParams&, void*, int, std::uintptr_t)>
-void run(const LossParams& params, std::uintptr_t workspace, int device, std::uintptr_t stream) {
-    RUN(params, semeda_fast::pointer<void>(workspace), device, stream);
+using semeda_fast::Buffer;
+using semeda_fast::Span;
+
+template <void (*RUN)(const LossParams&, const Buffer<char>&, int, std::uintptr_t)>
+void run(const LossParams& params, const Span& workspace, int device, std::uintptr_t stream) {
+    RUN(params, semeda_fast::buffer_at<char>(workspace), device, stream);
 }
 
 }  // namespace

@@ -92,15 +92,14 @@ std::string why_unsupported(const LossParams& params, int device) {
 
 std::int64_t workspace_bytes(const LossParams& params, int device) {
     const DeviceFacts facts = device_facts(device);
-    return std::max(make_launch(params, facts, false, nullptr).workspace,
-                    make_launch(params, facts, true, nullptr).workspace);
+    return std::max(plan_launch(params, facts, false).workspace, plan_launch(params, facts, true).workspace);
 }
 
 std::map<std::string, std::int64_t> plan(const LossParams& params, int device, bool backward) {
-    return plan_facts(make_launch(params, device_facts(device), backward, nullptr));
+    return plan_facts(plan_launch(params, device_facts(device), backward));
 }
 
-void forward(const LossParams& params, void* workspace, int device, std::uintptr_t stream) {
+void forward(const LossParams& params, const Buffer<char>& workspace, int device, std::uintptr_t stream) {
     const OnDevice guard(device);
     const auto queue = reinterpret_cast<cudaStream_t>(stream);
     const Launch launch = make_launch(params, device_facts(device), false, workspace);
@@ -111,7 +110,7 @@ void forward(const LossParams& params, void* workspace, int device, std::uintptr
           "launching finish_kernel");
 }
 
-void backward(const LossParams& params, void* workspace, int device, std::uintptr_t stream) {
+void backward(const LossParams& params, const Buffer<char>& workspace, int device, std::uintptr_t stream) {
     const OnDevice guard(device);
     const auto queue = reinterpret_cast<cudaStream_t>(stream);
     const Launch launch = make_launch(params, device_facts(device), true, workspace);

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
 
+#include "../check.h"
 #include "api.h"
 
 namespace semeda_fast::gpu {
@@ -27,6 +29,9 @@ constexpr KnownProxy KNOWN[] = {
     {ProxyKind::wide, 3, {32, 64, 64}, false, 1},
     {ProxyKind::deep, 7, {16, 32, 32, 32, 32, 32, 16}, false, 1},
 };
+
+constexpr int ANY_CLASSES = 1 << 16;  // more are refused with a reason, not as nonsense
+constexpr int MAX_ROWS = 1 << 30;     // and columns, which kernels count in int
 
 int forced_rows = 0, forced_width = 0;
 
@@ -298,6 +303,7 @@ Shape make_shape(const LossParams& params, const KnownProxy* known, bool backwar
 }  // namespace
 
 std::int64_t code_bytes(const LossParams& params) {
+    check_sizes(params, ANY_CLASSES);
     std::int64_t bytes = 0;
     for (int i = 0; i < params.layers; ++i)
         bytes += code_bytes_per_pixel(params.layer[i].out, i == params.layers - 1);
@@ -316,10 +322,14 @@ std::map<std::string, std::int64_t> plan_facts(const Launch& launch) {
             {"strip_rows", p.strip_rows}, {"blocks", launch.blocks},    {"workspace", launch.workspace}};
 }
 
-std::string why_not(const LossParams& params, const DeviceFacts& device) {
+namespace {
+
+// What no device can do, or "".
+std::string refusal(const LossParams& params) {
     if (params.distance != Distance::l1) return "the CUDA kernels know the distance \"l1\" alone";
     if (params.soft) return "the CUDA kernels take labels, not a distribution, as target";
-    if (params.ce_map != nullptr) return "the CUDA kernels know the reductions \"mean\" and \"sum\" alone";
+    if (params.ce_map.is_given() || params.semeda_map.is_given() || params.d_semeda_is_map)
+        return "the CUDA kernels know the reductions \"mean\" and \"sum\" alone";
     if (params.classes > MAX_CLASSES)
         return "the CUDA kernels take up to " + std::to_string(MAX_CLASSES) + " classes, the proxy has " +
                std::to_string(params.classes);
@@ -330,6 +340,19 @@ std::string why_not(const LossParams& params, const DeviceFacts& device) {
     if (params.logits.dtype == DType::f32 && !known->tf32)
         return "the CUDA kernels run this proxy on float16 and bfloat16 logits alone: in float32 it does not "
                "fit on chip";
+    if (params.logits_h != 0) return "the CUDA kernels take logits of the labels' size";
+    if (params.h > MAX_ROWS || params.w > MAX_ROWS)
+        return "the CUDA kernels take images of up to " + std::to_string(MAX_ROWS) + " rows and columns";
+    return "";
+}
+
+}  // namespace
+
+std::string why_not(const LossParams& params, const DeviceFacts& device) {
+    check_sizes(params, ANY_CLASSES);
+    const std::string reason = refusal(params);
+    if (!reason.empty()) return reason;
+    const KnownProxy* known = find_proxy(params);
     for (const bool backward : {false, true}) {
         Shape shape = make_shape(params, known, backward);
         shape.n = shape.h = shape.w = 1;
@@ -340,12 +363,20 @@ std::string why_not(const LossParams& params, const DeviceFacts& device) {
     return "";
 }
 
-Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward, void* workspace) {
+namespace {
+
+// Addresses inside `workspace` are set even where it is null; then only sizes mean something.
+Launch lay_out(const LossParams& params, const DeviceFacts& device, bool backward, void* workspace) {
+    check_sizes(params, ANY_CLASSES);
+    const std::string reason = refusal(params);
+    if (!reason.empty()) throw std::runtime_error(reason);
     const KnownProxy* known = find_proxy(params);
-    if (known == nullptr) throw std::runtime_error(why_not(params, device));
     const Shape s = make_shape(params, known, backward);
     const Candidate tile = best_tile(s, device);
     if (tile.tiling.tile_h == 0) throw std::runtime_error(why_not(params, device));
+    check_range("the number of tiles of an image",
+                static_cast<std::int64_t>(tile.tiling.across) * tile.tiling.down, 0,
+                std::numeric_limits<int>::max());
 
     Launch launch{};
     launch.proxy = known->kind;
@@ -436,6 +467,25 @@ Launch make_launch(const LossParams& params, const DeviceFacts& device, bool bac
     launch.carveout =
         std::min(100, static_cast<int>(std::ceil(100 * shared / device.shared_per_multiprocessor)));
     launch.workspace = used;
+    return launch;
+}
+
+}  // namespace
+
+Launch plan_launch(const LossParams& params, const DeviceFacts& device, bool backward) {
+    return lay_out(params, device, backward, nullptr);
+}
+
+Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward,
+                   const Buffer<char>& workspace) {
+    const Launch launch = lay_out(params, device, backward, workspace.data);
+    check_memory(params, backward ? Direction::backward : Direction::forward, code_bytes(params), 0);
+    need("workspace", workspace, launch.workspace);
+    check_address("workspace", workspace.data, PIECE);
+    if (params.codes.is_given()) check_address("codes", params.codes.data, 2);  // read two bytes at a time
+    if (backward)
+        for (const std::int64_t stride : params.d_ce.stride)
+            if (stride != 0) refuse("d_ce must be one number");
     return launch;
 }
 

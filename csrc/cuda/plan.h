@@ -28,11 +28,17 @@ struct Launch {
     std::int64_t workspace;  // bytes
 };
 
+// All of these check sizes (../check.h) and throw std::invalid_argument.
+
 // "" or why not. Reads no addresses.
 std::string why_not(const LossParams& params, const DeviceFacts& device);
 
-// Addresses inside `workspace` are set even where it is null; then only sizes mean something.
-Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward, void* workspace);
+// Sizes alone: no address of it means anything. std::runtime_error with the reason of why_not.
+Launch plan_launch(const LossParams& params, const DeviceFacts& device, bool backward);
+
+// What may run: all memory that the kernels will read and write is there.
+Launch make_launch(const LossParams& params, const DeviceFacts& device, bool backward,
+                   const Buffer<char>& workspace);
 
 // What api.h's plan says.
 std::map<std::string, std::int64_t> plan_facts(const Launch& launch);

@@ -147,7 +147,12 @@ void choose_tile() {
     chosen = wanted;
 }
 
-Launch launch_of(const LossParams& params, bool backward, void* workspace) {
+Launch planned(const LossParams& params, bool backward) {
+    choose_tile();
+    return plan_launch(params, facts(), backward);
+}
+
+Launch launch_of(const LossParams& params, bool backward, const Buffer<char>& workspace) {
     choose_tile();
     return make_launch(params, facts(), backward, workspace);
 }
@@ -239,18 +244,18 @@ std::string why_unsupported(const LossParams& params, int) {
 }
 
 std::int64_t workspace_bytes(const LossParams& params, int) {
-    return std::max(launch_of(params, false, nullptr).workspace, launch_of(params, true, nullptr).workspace);
+    return std::max(planned(params, false).workspace, planned(params, true).workspace);
 }
 
 std::map<std::string, std::int64_t> plan(const LossParams& params, int, bool backward) {
-    return plan_facts(launch_of(params, backward, nullptr));
+    return plan_facts(planned(params, backward));
 }
 
-void forward(const LossParams& params, void* workspace, int, std::uintptr_t) {
+void forward(const LossParams& params, const Buffer<char>& workspace, int, std::uintptr_t) {
     run(launch_of(params, false, workspace), false);
 }
 
-void backward(const LossParams& params, void* workspace, int, std::uintptr_t) {
+void backward(const LossParams& params, const Buffer<char>& workspace, int, std::uintptr_t) {
     run(launch_of(params, true, workspace), true);
 }
 

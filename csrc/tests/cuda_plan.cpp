@@ -49,7 +49,7 @@ std::string answer(const std::string& line) {
         out << "{\"refused\": " << quoted(reason) << "}";
         return out.str();
     }
-    const gpu::Launch launch = gpu::make_launch(params, device, backward != 0, nullptr);
+    const gpu::Launch launch = gpu::plan_launch(params, device, backward != 0);
     const gpu::Problem& p = launch.problem;
     out << "{\"rows\": " << p.tiling.tile_h << ", \"columns\": " << p.tiling.tile_w
         << ", \"tiles\": " << p.tiling.tiles << ", \"shared\": " << p.shared.bytes

@@ -25,14 +25,18 @@ Tensor gradient_of(const Problem& problem, int poison, const Backward& run) {
 void run_eager(const Problem& problem, const Forward& saved, const Judge& judge) {
     if (problem.c.maps) return;
     const LossParams& p = problem.p;
-    std::vector<const float*> proxy;
+    std::vector<Buffer<const float>> proxy;
     for (int l = 0; l < p.layers; ++l) proxy.push_back(p.layer[l].weight);
     for (int l = 0; l < p.layers; ++l) proxy.push_back(p.layer[l].bias);
     const EagerLoss loss(p, proxy, Reduction{false, false, false});
-    EagerTensors tensors{p.logits.data, p.target.data, p.valid.data, p.class_weight, nullptr, 3};
+    const auto memory = [](const TensorView& view) { return Memory{view.data, view.before, view.after}; };
+    const Block& weights = problem.class_weight;
+    EagerTensors tensors{memory(p.logits), memory(p.target), memory(p.valid), {}, {}, 3};
+    if (weights.bytes())
+        tensors.class_weight = {weights.as<void>(), 0, static_cast<std::int64_t>(weights.bytes())};
     const EagerResult alone = loss.forward(tensors, 2.0f, 0.5f);
     const Block kept(static_cast<std::size_t>(loss.kept_bytes()));
-    tensors.kept = kept.as<void>();
+    tensors.kept = {kept.as<void>(), 0, loss.kept_bytes()};
     const EagerResult result = loss.forward(tensors, 2.0f, 0.5f);
 
     const float* terms = saved.terms.as<float>();
@@ -48,15 +52,18 @@ void run_eager(const Problem& problem, const Forward& saved, const Judge& judge)
                  "the differences of an eager call");
 
     const Tensor found = gradient_of(
-        problem, 0xFF, [&](const View& d_logits) { loss.backward(tensors, result, 0.75f, d_logits); });
+        problem, 0xFF, [&](const TensorView& d_logits) { loss.backward(tensors, result, 0.75f, d_logits); });
     float d_ce = 0, d_semeda = 0;
     loss.seeds(result, 0.75f, d_ce, d_semeda);
-    const Tensor wanted = gradient_of(problem, 0x00, [&](const View& d_logits) {
+    const Tensor wanted = gradient_of(problem, 0x00, [&](const TensorView& d_logits) {
         LossParams q = p;
-        q.codes = saved.codes.as<std::uint8_t>();
-        q.saved_d = saved.saved_d.as<float>();
-        q.d_ce.data = &d_ce;
-        q.d_semeda.data = &d_semeda;
+        q.codes = saved.codes.buffer<std::uint8_t>();
+        q.saved_d = saved.saved_d.buffer<float>();
+        for (const auto& [view, value] : {std::pair(&q.d_ce, &d_ce), std::pair(&q.d_semeda, &d_semeda)}) {
+            view->data = value;
+            view->before = 0;
+            view->after = sizeof(float);
+        }
         q.d_logits = d_logits;
         backward(q);
     });

@@ -31,6 +31,11 @@ class Block {
     T* as() const {
         return static_cast<T*>(data_);
     }
+    template <class T>
+    Buffer<T> buffer() const {  // none where there are no bytes
+        if (!bytes_) return {};
+        return {static_cast<T*>(data_), static_cast<std::int64_t>(bytes_)};
+    }
     std::size_t bytes() const { return bytes_; }
     bool same(const Block& other) const {
         return bytes_ == other.bytes_ && (!bytes_ || !std::memcmp(data_, other.data_, bytes_));
@@ -49,17 +54,19 @@ std::size_t size_of(DType dtype) {
 // A tensor of sizes [n, c, h, w] in one of the layouts, its block as small as its strides allow.
 struct Tensor {
     std::int64_t size[4];
-    View view;
+    TensorView view;
     Block block;
 
     Tensor(std::int64_t n, std::int64_t c, std::int64_t h, std::int64_t w, DType dtype, Layout layout,
            int poison = 0xFF)
         : size{n, c, h, w}, view(make_view(dtype, layout)), block(span() * size_of(dtype), poison) {
         view.data = block.as<void>();
+        view.before = 0;
+        view.after = static_cast<std::int64_t>(block.bytes());
     }
-    View make_view(DType dtype, Layout layout) const {
+    TensorView make_view(DType dtype, Layout layout) const {
         const std::int64_t c = size[1], h = size[2], w = size[3];
-        View v;
+        TensorView v;
         v.dtype = dtype;
         const std::int64_t strides[5][4] = {{c * h * w, h * w, w, 1},
                                             {c * h * w, 1, w * c, c},
