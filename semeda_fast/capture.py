@@ -61,7 +61,7 @@ def untraced(function: Callable[..., T], *arguments: Any) -> T:
 
     For that each size is a tensor, and whatever asks for its value gives a warning.
     """
-    if not torch._C._is_tracing():
+    if not torch.jit.is_tracing():
         return function(*arguments)
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
