@@ -69,3 +69,8 @@ def untraced(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def size_of(tensor: Tensor, dim: int) -> int:
+    """A size as a number, for torch.jit.trace, too."""
+    return untraced(tensor.size, dim)  # type: ignore[return-value]  # of the overloads mypy takes the first

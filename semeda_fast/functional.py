@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .capture import untraced
+from .capture import size_of, untraced
 from .eager import Inputs, Options, eager_loss
 from .proxy.network import EdgeProxy, check_layer_weights
 from .spec import LossTerms
@@ -124,7 +124,7 @@ def semeda_loss(
         upsample=upsample,
         validate=validate,
     )
-    if mode == "binary" and target.dim() == 4 and untraced(target.size, 1) == 1:
+    if mode == "binary" and target.dim() == 4 and size_of(target, 1) == 1:
         if not target.is_floating_point():
             target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
         else:
