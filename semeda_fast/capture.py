@@ -61,7 +61,7 @@ def untraced(function: Callable[..., T], *arguments: Any) -> T:
 
     For that each size is a tensor, and whatever asks for its value gives a warning.
     """
-    if not torch._C._is_tracing():
+    if not torch.jit.is_tracing():
         return function(*arguments)
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -69,3 +69,8 @@ def untraced(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def size_of(tensor: Tensor, dim: int) -> int:
+    """A size as a number, for torch.jit.trace, too."""
+    return untraced(tensor.size, dim)  # type: ignore[return-value]  # of the overloads mypy takes the first

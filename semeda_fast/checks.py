@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .capture import untraced
 from .native import has_bad_label
 from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
@@ -57,7 +58,7 @@ def check_options(
 def check_lambda(name: str, value: float | Tensor) -> None:
     """A term's weight is a finite number >= 0, or a tensor of one element (whose value is not read)."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
+        if untraced(value.numel) != 1 or not value.is_floating_point():
             raise ValueError(
                 f"{name} as a tensor must hold one floating-point number, got shape {list(value.shape)}, {value.dtype}"
             )

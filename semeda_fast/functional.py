@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .capture import size_of, untraced
 from .eager import Inputs, Options, eager_loss
 from .proxy.network import EdgeProxy
 from .proxy.record import check_layer_weights
@@ -124,14 +125,15 @@ def semeda_loss(
         upsample=upsample,
         validate=validate,
     )
-    if mode == "binary" and target.dim() == 4 and target.shape[1] == 1 and not target.is_floating_point():
-        target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
-    if mode == "binary" and target.is_floating_point() and target.dim() == 4 and target.shape[1] == 1:
-        labelled = target.squeeze(1) != ignore_index  # void as such targets have it, beside probabilities
-        if valid_mask is None:
-            valid_mask = labelled
-        elif valid_mask.shape == labelled.shape and valid_mask.dtype == torch.bool:  # else the checks object to it
-            valid_mask = valid_mask & labelled
+    if mode == "binary" and target.dim() == 4 and size_of(target, 1) == 1:
+        if not target.is_floating_point():
+            target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
+        else:
+            labelled = target.squeeze(1) != ignore_index  # void as such targets have it, beside probabilities
+            if valid_mask is None:
+                valid_mask = labelled
+            elif untraced(_fits, valid_mask, labelled):  # else the checks object to it
+                valid_mask = valid_mask & labelled
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.
     run = torch.ops.semeda_fast.loss_terms if torch.compiler.is_compiling() else ops.loss_terms
@@ -178,6 +180,10 @@ def semeda_loss(
         per_layer = terms.per_layer if reduction == "sum" else terms.per_layer / count
         return LossComponents(loss, ce.detach(), semeda.detach(), per_layer, terms.valid_count)
     return loss
+
+
+def _fits(mask: Tensor, labelled: Tensor) -> bool:
+    return mask.shape == labelled.shape and mask.dtype == torch.bool
 
 
 def default_lambda(distance: str) -> float:

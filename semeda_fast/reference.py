@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .capture import size_of
 from .spec import LossSpec, LossTerms
 
 
@@ -66,12 +67,12 @@ def loss_terms(
 
     if soft:
         q = torch.where(v_plane, target.to(dtype), 0.0)
-        if spec.mode == "binary" and target.shape[1] == 1:
+        if spec.mode == "binary" and size_of(target, 1) == 1:
             q = torch.cat([1 - q, q], dim=1) * v_plane
         y = None
     else:
         y = torch.where((v & ~bad).unsqueeze(1), target.unsqueeze(1).to(torch.int64), 0)
-        q = torch.zeros_like(p).scatter_(1, y, 1.0) * v_plane
+        q = torch.zeros_like(p).scatter(1, y, 1.0) * v_plane
 
     ce_map, ce_weight = cross_entropy_map(log_p, y, q, v, class_weight, spec.label_smoothing)
     layer_maps = distance_maps(p, q, v, weights, biases, spec)
@@ -164,7 +165,8 @@ def distance_maps(
     maps, factor = [], 1
     for layer, (a, b) in enumerate(zip(phi_p, phi_q, strict=True)):
         factor *= spec.strides[layer] * max(1, abs(spec.pools[layer]))
-        m = rho(a - b, spec.distance).sum(dim=1) / (a.shape[1] * spec.layer_scales[layer])
+        channels = size_of(a, 1)  # for torch.jit.trace a tensor, whose product with the scale would be fp32
+        m = rho(a - b, spec.distance).sum(dim=1) / (channels * spec.layer_scales[layer])
         if factor > 1:
             full = torch.zeros(v.shape, dtype=m.dtype, device=m.device)
             rows, columns = v[:, ::factor, ::factor].shape[1:]

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import ProxyFileError
 from ..files import atomic_path
@@ -52,6 +53,7 @@ def save_record(proxy: ProxyRecord, path: str | os.PathLike[str], *, overwrite: 
         save_file(tensors, temporary, metadata)
 
 
+@_disable_current_modes()  # a mode for fake tensors, for one: values are read as they are
 def load_record(path: str | os.PathLike[str]) -> ProxyRecord:
     """Read a proxy file; nothing in it is ever executed.
 
@@ -114,6 +116,7 @@ def _bundled() -> ProxyRecord:
     return load_record(BUNDLED)
 
 
+@_disable_current_modes()
 def bundled_record(num_classes: int) -> ProxyRecord:
     """The bundled universal proxy for `num_classes` classes; a copy of its own for each call.
 
