@@ -17,7 +17,7 @@ from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool)
 
 
 def check_options(
@@ -169,9 +169,10 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
             )
         return
     if target.dtype not in LABEL_DTYPES:
+        remedy = "; pass target.to(torch.int64)" if target.dtype in (torch.uint32, torch.uint64) else ""
         raise TypeError(
-            f"target must hold integer labels (uint8, int8, int16, int32, int64, bool) or a float distribution, "
-            f"got {target.dtype}"
+            "target must hold integer labels (uint8, int8, int16, uint16, int32, int64, bool) or a float distribution, "
+            f"got {target.dtype}{remedy}"
         )
     if tuple(target.shape) != (n, h, w):
         hint = ""
@@ -195,7 +196,7 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     _, bad = validity(logits, target, valid, spec)
     if not bool(bad.any()):
         return
-    wrong = target[bad].to(torch.int64)
+    wrong = target.to(torch.int64)[bad]  # uint16 cannot be indexed everywhere
     values, counts = wrong.unique(return_counts=True)
     shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
     n, y, x = bad.nonzero()[0].tolist()

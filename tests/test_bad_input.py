@@ -98,6 +98,8 @@ def shapes(logits: torch.Tensor, target: torch.Tensor) -> dict[str, tuple[torch.
         "batch mismatch": (logits[:1], target, ValueError, r"\[1,13,17\].*\[2, 13, 17\]"),
         "channel in labels": (logits, target.unsqueeze(1), ValueError, "squeeze"),
         "float labels": (logits, target.float(), ValueError, r"distribution .*target.long"),
+        "uint32 labels": (logits, target.to(torch.uint32), TypeError, r"torch.uint32; pass target.to\(torch.int64\)"),
+        "uint64 labels": (logits, target.to(torch.uint64), TypeError, r"torch.uint64; pass target.to\(torch.int64\)"),
         "complex labels": (logits, target.to(torch.complex64), TypeError, "integer labels"),
         "soft class mismatch": (logits, logits[:, :4].detach().softmax(1), ValueError, r"\[2,5,13,17\]"),
         "target with gradient": (logits, logits.softmax(1), ValueError, r"target.detach\(\)"),
