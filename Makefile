@@ -7,10 +7,12 @@ JOBS ?= 2
 GPU_OUTPUT ?= build/bench/gpu
 ARM64_CXX ?= aarch64-linux-gnu-g++
 ARM64_EMULATOR ?= qemu-aarch64
-# `make test` builds the CUDA kernels for the GPU at hand: each further architecture takes as long again, and without a
-# GPU tests read off what nvcc makes of them, and run their bodies in an emulation.
+# `make test` builds the CUDA kernels for the GPU at hand where there is nvcc: each further architecture takes as long
+# again, and without a GPU tests read off what nvcc makes of them, and run their bodies in an emulation.
 GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
-CUDA_ARCHS ?= $(or $(SEMEDA_FAST_CUDA_ARCHS),$(GPU_ARCH),none)
+NVCC = $(shell $(PYTHON) csrc/cuda/nvcc.py 2>/dev/null)
+CUDA_ARCHS ?= $(or $(SEMEDA_FAST_CUDA_ARCHS),$(if $(NVCC),$(GPU_ARCH)),$(if $(filter cuda,$(SEMEDA_FAST_BUILD)),,none))
+BUILD = $(or $(SEMEDA_FAST_BUILD),$(if $(filter none,$(CUDA_ARCHS)),auto,cuda))
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt \
@@ -22,7 +24,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test sanitize sanitize-arm64 demo bench bench-steps bench-full gpu lint format clean
+.PHONY: help test docs docs-look docs-pictures sanitize sanitize-arm64 demo bench bench-steps bench-full gpu lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +35,18 @@ help:  ## Show this list
 # One thread per test process: with more, the processes would take each other's cores.
 test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(PYTEST_ARGS)
+
+# Without a network; a warning is an error, a link that leads nowhere in the site among them.
+docs: $(VENV)/.stamp-docs  ## Build the documentation site: build/docs/index.html
+	$(BIN)/python -m sphinx --builder html --fresh-env --write-all --nitpicky --fail-on-warning --keep-going --quiet \
+	  docs build/docs
+	@echo "The site is in build/docs/index.html"
+
+docs-look: docs  ## Look at every page in Chromium, wide and narrow, light and dark; screenshots in build/screenshots
+	SEMEDA_FAST_SITE=build/docs $(BIN)/python -m pytest -rs tests/test_site.py tests/test_site_links.py
+
+docs-pictures: $(VENV)/.stamp-dev  ## Draw the pictures of the site anew
+	$(BIN)/python docs/draw.py
 
 # CXX=clang++ builds with another compiler.
 sanitize: $(VENV)/.stamp-python  ## Run the CPU kernels on odd shapes under the address and undefined-behaviour sanitizers
@@ -88,11 +102,19 @@ $(VENV)/.stamp-python:
 # The development environment holds all that the demo needs, so it serves both.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with its development tools into $(VENV) ..."
-	SEMEDA_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(INSTALL) -e '.[dev]'
+	SEMEDA_FAST_BUILD="$(BUILD)" SEMEDA_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.stamp-demo $@
+
+# On top of the demo's environment, which the development environment holds, too. By its name the package is installed
+# already and only what the extra asks for is added: nothing is compiled twice.
+$(VENV)/.stamp-docs: $(VENV)/.stamp-demo
+	@echo "Installing what the documentation needs into $(VENV) ..."
+	$(INSTALL) 'semeda-fast[docs]'
+	@touch $@
 
 # The demo runs on the CPU, so it does not wait for the CUDA kernels.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python $(SOURCES)
 	@echo "Installing semeda_fast with what the demo needs into $(VENV) ..."
-	SEMEDA_FAST_CUDA_ARCHS=none $(INSTALL) -e '.[cli,train,metrics,plot]'
+	SEMEDA_FAST_BUILD=$(or $(filter-out cuda,$(SEMEDA_FAST_BUILD)),auto) SEMEDA_FAST_CUDA_ARCHS=none \
+	  $(INSTALL) -e '.[cli,train,metrics,plot]'
 	@touch $@

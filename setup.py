@@ -2,18 +2,20 @@
 
 SEMEDA_FAST_BUILD chooses what is compiled. The choice never depends on a visible GPU or on torch:
 
-    auto (default)  semeda_fast._C (CPU kernels) where a C++ compiler works, semeda_fast._C_cuda (CUDA kernels) where
-                    nvcc is found and works; goes on without what does not build, and notes why (pip install -v)
-    cpu             semeda_fast._C alone, or fail
-    cuda            both, or fail
+    auto (default)  semeda_fast._C (CPU kernels) where a C++ compiler works, under a minute; goes on without it where it
+                    does not build, and notes why (pip install -v)
+    cpu             semeda_fast._C, or fail
+    cuda            semeda_fast._C and semeda_fast._C_cuda (CUDA kernels: minutes of nvcc), or fail
     none            nothing: pure Python
 
 nvcc is looked for in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda; CXX names the host compiler that it is to use.
 SEMEDA_FAST_CUDA_ARCHS lists the GPU architectures, such as "90" or "80,86+PTX" (+PTX: code that newer GPUs compile
 for themselves); the default is all that nvcc knows of 80, 86, 89, 90, 100, 120, and PTX of the newest. One is built
-much faster than all. In mode auto "none" leaves the CUDA kernels out.
+much faster than all.
 
-    python setup.py build_ext --inplace --only semeda_fast._C_cuda    # into a checkout, without the CPU kernels
+The CUDA kernels alone, into a checkout:
+
+    SEMEDA_FAST_BUILD=cuda python setup.py build_ext --inplace --only semeda_fast._C_cuda
 """
 
 from __future__ import annotations
@@ -81,13 +83,17 @@ def requested_mode() -> str:
 
 def requested_architectures() -> list[int] | None:
     """SEMEDA_FAST_CUDA_ARCHS, checked; empty for the default, None where no CUDA kernels are to be built."""
-    if MODE not in ("auto", "cuda") or not CUDA_KERNELS:
-        return None
     text = os.environ.get(nvcc.ARCHS_VARIABLE, "")
-    if text.strip().lower() == "none":
-        if MODE == "cuda":
-            sys.exit(f"SEMEDA_FAST_BUILD=cuda builds CUDA kernels, and {nvcc.ARCHS_VARIABLE}=none none; change one")
+    none = text.strip().lower() == "none"
+    if MODE == "auto" and text.strip() and not none:  # somebody waits for kernels that this mode leaves out
+        sys.exit(
+            f"{nvcc.ARCHS_VARIABLE}={text} is for CUDA kernels, which SEMEDA_FAST_BUILD=cuda builds; set that, too, or "
+            f"unset {nvcc.ARCHS_VARIABLE}"
+        )
+    if MODE != "cuda":
         return None
+    if none:
+        sys.exit(f"SEMEDA_FAST_BUILD=cuda builds CUDA kernels, and {nvcc.ARCHS_VARIABLE}=none none; change one")
     try:
         return nvcc.parse_architectures(text)
     except ValueError as error:
@@ -99,18 +105,12 @@ def note(text: str) -> None:
     print(f"semeda_fast: {text}", file=sys.stderr, flush=True)
 
 
-def skipped(module: str, cause: object) -> None:
-    """The note of an install in mode auto that goes on without a module."""
-    if module == CUDA_MODULE:
-        note(
-            f"going on without the CUDA kernels, {module} ({cause}). Triton and plain PyTorch serve GPUs without them; "
-            "to make this an error, install with SEMEDA_FAST_BUILD=cuda"
-        )
-    else:
-        note(
-            f"installing without the native module {module} ({cause}). Everything in Python works; "
-            "to see the full build error, install with SEMEDA_FAST_BUILD=cpu"
-        )
+def skipped(cause: object) -> None:
+    """The note of an install in mode auto that goes on without the CPU kernels."""
+    note(
+        f"installing without the native module {CPU_MODULE} ({cause}). Everything in Python works; "
+        "to see the full build error, install with SEMEDA_FAST_BUILD=cpu"
+    )
 
 
 class BuildNative(build_ext):
@@ -130,7 +130,8 @@ class BuildNative(build_ext):
         if self.only is not None:
             names = [extension.name for extension in self.extensions]
             if self.only not in names:
-                raise OptionError(f"--only must name an extension of this build, {names}; got {self.only!r}")
+                hint = "; SEMEDA_FAST_BUILD=cuda adds it" if self.only == CUDA_MODULE else ""
+                raise OptionError(f"--only must name an extension of this build, {names}; got {self.only!r}{hint}")
             self.extensions = [extension for extension in self.extensions if extension.name == self.only]
 
     def run(self) -> None:
@@ -147,18 +148,17 @@ class BuildNative(build_ext):
             # The uninitialised values that GCC sees are its own intrinsics'.
             warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
             compile_flags = ["-O3", "-ffp-contract=fast", *warnings]
-        for extension in list(self.extensions):
+        for extension in self.extensions:
             extension.extra_compile_args += compile_flags
             if extension.name == CPU_MODULE:
                 openmp_compile_flags, openmp_link_flags = self.openmp_flags()
                 extension.extra_compile_args += openmp_compile_flags
                 extension.extra_link_args += openmp_link_flags
                 continue
-            try:  # before anything is compiled, so that mode cuda fails at once where there is no nvcc
+            try:  # before anything is compiled, so that it fails at once where there is no nvcc
                 self.cuda = self.configure_cuda(extension)
             except Exception as error:
                 self.handle(extension.name, error)
-                self.extensions = [other for other in self.extensions if other is not extension]
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
@@ -223,7 +223,7 @@ class BuildNative(build_ext):
     def handle(self, module: str, error: Exception) -> None:
         """Note the failure in mode auto, end the build in the others."""
         if MODE == "auto":
-            skipped(module, error)
+            skipped(error)
         else:
             sys.exit(
                 f"SEMEDA_FAST_BUILD={MODE}: the native module {module} did not build: {error}\n"
@@ -260,7 +260,7 @@ def native_extensions() -> list[Extension]:
     except ImportError as error:
         if MODE != "auto":
             sys.exit(f"SEMEDA_FAST_BUILD={MODE} needs pybind11 at build time: {error}; pip install pybind11")
-        skipped(CPU_MODULE, error)
+        skipped(error)
         return []
     # optional: setuptools must not look for the built file after a failure that was only noted.
     options = {"cxx_std": 17, "optional": MODE == "auto"}
@@ -275,7 +275,7 @@ MODE = requested_mode()
 ARCHITECTURES = requested_architectures()
 
 setup(
-    packages=["semeda_fast", "semeda_fast.proxy", "semeda_fast.kernels"],
+    packages=["semeda_fast", "semeda_fast.metrics", "semeda_fast.proxy", "semeda_fast.kernels"],
     # The Triton kernels live beside csrc/ in the repository and are imported as semeda_fast.kernels.
     package_dir={"semeda_fast.kernels": "kernels"},
     package_data={"semeda_fast": ["py.typed"], "semeda_fast.proxy": ["weights/*.safetensors"]},

@@ -9,8 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-from . import compare, machine, page, plans, report, runner
+from . import machine
 from .contenders import contenders, fused_names
+from .report import compare, page, report
+from .suite import plans, runner
 
 DEFAULT_OUTPUT = Path("build") / "bench"
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from . import machine, oracle, runner, tables
+from . import machine, oracle
 from .contenders import NOT_INDUCTOR, Contender, contenders, upsampling
 from .networks import NETWORKS
-from .plans import WARMUP, Case, Plan, step_case
-from .report import labels_text
-from .steps import Training
-from .suite import Group
+from .report import tables
+from .report.report import labels_text
+from .suite import runner
+from .suite.groups import Group
+from .suite.plans import WARMUP, Case, Plan, step_case
+from .suite.steps import Training
 from .workloads import Inputs, make_inputs
 
 

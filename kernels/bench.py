@@ -1,4 +1,4 @@
-"""Every kernel of one step by itself, ready to be timed: the hook of benchmarks/gpu_layers.py."""
+"""Every kernel of one step by itself, ready to be timed: the hook of benchmarks/gpu/layers.py."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ loss = criterion(logits, target)
 from .backends import backend_info
 from .functional import semeda_loss
 from .loss import SemedaLoss
+from .pickles import safe_globals
 from .proxy.network import EdgeProxy
 from .proxy.training import train_proxy
 
 __version__ = "0.1.0"
 
-__all__ = ["EdgeProxy", "SemedaLoss", "__version__", "backend_info", "semeda_loss", "train_proxy"]
+__all__ = ["EdgeProxy", "SemedaLoss", "__version__", "backend_info", "safe_globals", "semeda_loss", "train_proxy"]

@@ -5,17 +5,18 @@ A backend joins by `register(Backend(...))`; the tests then run every guarantee 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import cpu, cuda_ops, reference, triton_ops
 from .errors import BackendUnavailableError
 from .proxy.network import why_not_fused
 from .spec import LossSpec, LossTerms
+from .warn import warn_user
 
 # (logits, target, valid, class_weight, weights, biases, spec) -> terms, differentiable in the logits; a backend
 # with checks_labels takes one argument more, whether to check them
@@ -52,6 +53,8 @@ class Backend:
             (None: none of any size); else torch does it before.
         prepare: makes one function of the loss and its reduction, for eager calls of a kind (see eager.py), or is None.
         half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
+        opt_in: whether an install has it on request alone, so that it is nothing to warn of where it is missing.
+        why_slow: None, or why it is slower here than it could be, and what to do.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Backend:
     upsamples: Callable[[Tensor, Tensor], bool] | None = None
     prepare: Callable[..., Any] | None = None
     half_products: bool = False
+    opt_in: bool = False
+    why_slow: Callable[[], str | None] = _never
 
     def refusal(self, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:
         """Why this backend leaves these arguments to others, or None; a trial is not part of it."""
@@ -78,12 +83,20 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What `backend_info` says about one backend."""
+    """What `backend_info` says about one backend.
+
+    Attributes:
+        available: whether it can run here.
+        devices: device types that it runs on; empty means any.
+        reason: why it cannot run here, and what to do; empty where it can.
+        slow: why it is slower here than it could be, and what to do; empty where nothing is known.
+    """
 
     name: str
     available: bool
     devices: tuple[str, ...]
     reason: str
+    slow: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class BackendInfo:
     Attributes:
         backends: one status a backend.
         auto: device type -> the backend that "auto" takes there for a proxy that the fused kernels can run.
-        fallbacks: why "auto" fell back to the reference so far in this process.
+        fallbacks: why "auto" fell back to the reference so far in this process; each was a warning, once.
         failures: why "auto" left a backend for another fused one so far: it failed on a tiny image.
     """
 
@@ -106,7 +119,7 @@ class BackendInfo:
         rows = [("backend", "available", "devices", "note")]
         for status in self.backends:
             devices = ", ".join(status.devices) or "any"
-            rows.append((status.name, "yes" if status.available else "no", devices, status.reason))
+            rows.append((status.name, "yes" if status.available else "no", devices, status.reason or status.slow))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]).rstrip() for row in rows]
         lines.append("auto: " + ", ".join(f"{device} -> {name}" for device, name in self.auto.items()))
@@ -119,6 +132,7 @@ _registry: dict[str, Backend] = {}
 _changes = 0  # of the registry
 _fallbacks: dict[str, None] = {}  # a set that keeps its order
 _failures: dict[str, None] = {}
+_slow: dict[str, None] = {}
 
 
 def register(backend: Backend) -> None:
@@ -171,7 +185,8 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {known}, got {name!r}")
     reason = _registry[name].why_unavailable()
     if reason is not None:
-        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
+        instead = "" if "use backend=" in reason else "; or use backend='auto' or 'reference'"
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}{instead}")
 
 
 def choose(name: str, logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> Backend:
@@ -179,7 +194,8 @@ def choose(name: str, logits: Tensor, target: Tensor, weights: Sequence[Tensor],
 
     A backend asked for by name runs or raises. "auto" takes the first fused one that can: silently where others leave
     the computation to it, with one warning where another should work and fails its trial. Where only the reference is
-    left it says once, in a warning, why the fused ones could not; `backend_info()` keeps the reasons.
+    left it says once, in a warning, why the fused ones could not, or why they are missing; `backend_info()` keeps the
+    reasons.
 
     Raises:
         ValueError: unknown name, or the named backend cannot do this computation, or fails on this device.
@@ -192,33 +208,55 @@ def choose(name: str, logits: Tensor, target: Tensor, weights: Sequence[Tensor],
             raise ValueError(f"backend {name!r} cannot do this: {reason}; use backend='auto' or 'reference'")
         if reason := backend.why_failing(logits, weights, spec):
             raise ValueError(f"backend {name!r} does not work here: {reason}; use backend='auto' or 'reference'")
-        return backend
-    refusals, failures = [], []
+        return _noted(backend)
+    device = logits.device.type
+    refusals, missing, failures = [], [], []
+    serving = False
     for backend in reversed(_registry.values()):
-        device = logits.device.type
         if not backend.fused or device in backend.by_name_on or (backend.devices and device not in backend.devices):
             continue
-        if backend.why_unavailable() is not None:
+        serving = True
+        absent = backend.why_unavailable()
+        if absent is not None and (backend.opt_in or not _is_here(device)):
             continue
         if reason := backend.refusal(logits, target, weights, spec):
             refusals.append(reason)
+        elif absent is not None:
+            missing.append(absent)
         elif reason := backend.why_failing(logits, weights, spec):
             failures.append(reason)
         else:
             _warn_once(_failures, failures, f"SemedaLoss runs on the backend {backend.name!r}")
-            return backend
+            return _noted(backend)
     # What no fused backend will ever take is said even where none is installed.
     general = why_not_fused(weights, spec.strides, spec.dilations, spec.pools)
-    reasons = [*([general] if general else []), *refusals, *failures]
+    if not serving and _is_here(device):
+        missing.append(f"there are no fused kernels for tensors on {device!r}")
+    reasons = [*([general] if general else []), *refusals, *missing, *failures]
     _warn_once(_fallbacks, reasons, "SemedaLoss runs on the slower reference backend")
     return _registry["reference"]
+
+
+def _is_here(device_type: str) -> bool:
+    """Whether this machine has such a device: a compiler traces tensors of others, and of none."""
+    if device_type == "cpu":
+        return True
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type == device_type
+
+
+def _noted(backend: Backend) -> Backend:
+    """The backend, with one warning where it is slower than it could be."""
+    if reason := backend.why_slow():
+        _warn_once(_slow, [reason], f"SemedaLoss's backend {backend.name!r} is slower here than it could be")
+    return backend
 
 
 def _warn_once(said: dict[str, None], reasons: Sequence[str], what: str) -> None:
     for reason in reasons:
         if reason not in said:
             said[reason] = None
-            warnings.warn(f"{what}: {reason}", stacklevel=3)
+            warn_user(f"{what}: {reason}")
 
 
 def backend_info() -> BackendInfo:
@@ -226,7 +264,8 @@ def backend_info() -> BackendInfo:
     statuses = []
     for backend in _registry.values():
         reason = backend.why_unavailable()
-        statuses.append(BackendStatus(backend.name, reason is None, backend.devices, reason or ""))
+        slow = backend.why_slow() if reason is None else None
+        statuses.append(BackendStatus(backend.name, reason is None, backend.devices, reason or "", slow or ""))
     auto = {}
     for device in ("cpu", "cuda"):
         names_here = available_names(device)
@@ -247,10 +286,11 @@ register(
         checks_labels=True,
         upsamples=cpu.upsamples,
         prepare=cpu.prepare,
+        why_slow=cpu.why_slow,
     )
 )
 # Before "triton", so that "auto" takes that where both can, until the table "cuda against triton" of `make gpu`
-# (benchmarks/gpu_tiles.py) says that "cuda" is faster.
+# (benchmarks/gpu/tiles.py) says that "cuda" is faster.
 register(
     Backend(
         "cuda",
@@ -263,6 +303,7 @@ register(
         checks_labels=True,
         by_name_on=("cpu",),
         half_products=True,
+        opt_in=True,
     )
 )
 register(

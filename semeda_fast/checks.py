@@ -92,6 +92,11 @@ def check_are_tensors(logits: object, target: object, valid_mask: object) -> Non
             remedy = "pass its ['out']"
         elif isinstance(value, (tuple, list)):
             remedy = f"pass one of its {len(value)} elements"
+        elif isinstance(value, torch.fx.Proxy):
+            remedy = (
+                "torch.fx.symbolic_trace cannot look inside the loss: trace it with torch.export or make_fx, or with a "
+                "torch.fx.Tracer whose is_leaf_module(module, name) is true where isinstance(module, SemedaLoss)"
+            )
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; {remedy}")
 
 

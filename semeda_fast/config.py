@@ -25,6 +25,7 @@ class FusedConfig:
         channels: C, K_1, ..., K_L.
         sizes: kernel size of each layer, odd.
         check_labels: raise ValueError for a label that is neither a class nor ignore_index.
+        upsample: the kernels scale up logits that are smaller than the target; else they have its size.
 
     The others are those of LossSpec.
     """
@@ -40,6 +41,7 @@ class FusedConfig:
     mode: str
     per_pixel: bool
     check_labels: bool = False
+    upsample: bool = False
 
     @property
     def parameters(self) -> int:
@@ -68,6 +70,7 @@ def _text(channels: tuple[int, ...], sizes: tuple[int, ...], spec: LossSpec, che
         mode=spec.mode,
         per_pixel=spec.per_pixel,
         check_labels=check_labels,
+        upsample=spec.upsample,
     )
     return json.dumps(asdict(config))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 WHOSE = "the fused CPU kernels"
 MAX_CLASSES = 1024  # csrc/cpu/api.h
+_AGAIN = "install semeda_fast again from source, with CC and CXX naming"
 UNIT = 16  # pixels in a word of codes, csrc/cpu/plan.h
 
 
@@ -27,6 +29,47 @@ def why_unavailable() -> str | None:
     """None where the compiled module is there, else the cause and the remedy."""
     info = native_info()
     return None if info.available else info.reason
+
+
+def why_slow() -> str | None:
+    """None, or what the build left out that this processor has: threads, or its widest vectors."""
+    return _missing_vectors() or (_no_openmp() if torch.get_num_threads() > 1 else None)
+
+
+# As csrc/cpu/kernels_*.cpp and setup.py name them, the best first.
+_VECTORS = {
+    "avx512": ("AVX-512", ("avx512f", "avx512bw", "avx512vl", "fma", "f16c")),
+    "avx2": ("AVX2", ("avx2", "fma", "f16c")),
+    "neon": ("NEON", ("neon",)),
+}
+
+
+@functools.cache
+def _missing_vectors() -> str | None:
+    info = native_info()
+    if not info.available:
+        return None
+    for name, (title, needed) in _VECTORS.items():
+        if all(info.cpu.get(flag) for flag in needed):
+            if name in info.build["instruction_sets"]:
+                return None
+            compiler = info.build["compiler"]
+            return (
+                f"the compiler ({compiler}) made no kernels for {title}, which this processor has; {_AGAIN} a "
+                "newer compiler"
+            )
+    return None
+
+
+@functools.cache
+def _no_openmp() -> str | None:
+    info = native_info()
+    if not info.available or info.build["openmp"]:
+        return None
+    return (
+        f"it was compiled without OpenMP ({info.build['compiler']}), so it uses one thread, whatever "
+        f"torch.set_num_threads says; {_AGAIN} a compiler that has OpenMP (GCC has, Apple's clang has not)"
+    )
 
 
 def why_unsupported(logits: Tensor, target: Tensor, weights: Sequence[Tensor], spec: LossSpec) -> str | None:

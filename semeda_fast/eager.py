@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import backends, checks
 from .fused import plain
-from .proxy.network import EdgeProxy, check_layer_weights
+from .proxy.network import EdgeProxy
+from .proxy.record import check_layer_weights
 from .spec import LossSpec
 
 MAX_PREPARED = 64  # calls of one proxy that are remembered: of a size, dtypes and options
@@ -71,14 +72,11 @@ _UNKNOWN: Any = object()
 
 
 class _Calls(dict[Any, Prepared | None]):
-    """What was prepared for one proxy, as long as that stays what it was then."""
+    """What was prepared for one proxy, as long as that stays what it was then; pickles of before name this class."""
 
     def __init__(self) -> None:
         self.proxy: tuple[Any, ...] = ()
         self.tensors: list[Tensor] = []  # whose ids are part of `proxy`
-
-    def __reduce__(self) -> Any:  # a copy of the proxy has tensors of its own
-        return _Calls, ()
 
 
 def eager_loss(

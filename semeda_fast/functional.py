@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import checks, ops
 from .eager import Inputs, Options, eager_loss
-from .proxy.network import EdgeProxy, check_layer_weights
+from .proxy.network import EdgeProxy
+from .proxy.record import check_layer_weights
 from .spec import LossTerms
 
 __all__ = ["DEFAULT_LAMBDA_SEMEDA", "LossComponents", "semeda_loss"]

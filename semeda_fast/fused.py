@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import flops
+from .capture import asks_gradient, recorded, untraced, watched
 from .checks import check_labels
 from .config import FusedConfig, config_text, parse_config
 from .spec import LossSpec, LossTerms
@@ -183,19 +185,25 @@ class FusedOps:
             self._no_forward_mode()
         if target.is_floating_point() and target.dtype not in _TARGETS:
             target = target.to(torch.float32)  # float8
-        save = torch.is_grad_enabled() and logits.requires_grad
+        graph = recorded()
+        save = graph or asks_gradient(logits)  # a graph may be trained later, whatever is asked for today
+        graph = graph or torch.compiler.is_compiling()
         # One flat tensor: an operator with a list of tensors costs half a millisecond more a call.
         parts = [*weights, *biases]
-        if torch.compiler.is_compiling():
+        if graph:
             flat = torch.cat([tensor.reshape(-1) for tensor in parts])
         else:
             flat = torch._C._nn.flatten_dense_tensors(parts)  # the same in one call
         if flat.dtype != torch.float32:
             flat = flat.to(torch.float32)
-        inputs = (logits, target, valid, class_weight, flat, config_text(weights, spec, check_labels), save)
-        if save and (torch._C._are_functorch_transforms_active() or _is_wrapped(logits)):
+        config = untraced(config_text, weights, spec, check_labels)
+        inputs = (logits, target, valid, class_weight, flat, config, save)
+        if torch._C._len_torch_dispatch_stack():
+            flops.announce(self._forward_op, self._backward_op)
+        transformed = torch._C._are_functorch_transforms_active() or _is_wrapped(logits)
+        if save and transformed and self._takes_functions():
             return LossTerms(*_Functional.apply(self, *inputs)[:5])
-        if not save or torch.compiler.is_compiling():
+        if graph or transformed or not save:
             return LossTerms(*self._forward_op(*inputs)[:5])
         return LossTerms(*_Eager.apply(self, *inputs)[:5])
 
@@ -225,6 +233,7 @@ class FusedOps:
         save: bool,
     ) -> tuple[Tensor, ...]:
         settings = parse_config(config)
+        _check_sizes(logits, target, settings)
         outputs = self.outputs(logits, target, settings, save)
         self.forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
         return tuple(outputs)
@@ -255,6 +264,8 @@ class FusedOps:
         config: str,
     ) -> Tensor:
         """The gradient of the logits, in their dtype and, where they are dense, their strides."""
+        if not codes.numel() and logits.numel():
+            self._nothing_saved()
         d_logits = torch.empty_like(logits)
         problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
         d_ce, d_semeda = d_ce.to(torch.float32), d_semeda.to(torch.float32)
@@ -277,11 +288,34 @@ class FusedOps:
         inputs: tuple[Any, ...] = (*tensors, config)
         if not torch.is_grad_enabled() and plain(tensors):
             return self._run_backward(*inputs)
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            d_logits: Tensor = self._backward_op(*inputs)
+        if torch._C._len_torch_dispatch_stack():
+            flops.announce(self._forward_op, self._backward_op)
+        by_function = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+        if by_function and self._takes_functions():
+            d_logits: Tensor = _FunctionalBackward.apply(self, *inputs)
         else:
-            d_logits = _FunctionalBackward.apply(self, *inputs)
+            d_logits = self._backward_op(*inputs)
         return d_logits
+
+    def _takes_functions(self) -> bool:
+        """Whether the transforms of torch.func at work take an autograd.Function, or operators; none takes both."""
+        kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+        if _Transform.Functionalize not in kinds:
+            return True
+        if _Transform.Grad in kinds or _Transform.Jvp in kinds:
+            raise NotImplementedError(
+                f"torch.func.functionalize cannot be combined with derivatives of torch.func through the fused backend "
+                f"{self.name!r}; leave functionalize out, since the backend changes nothing in place, or use "
+                "SemedaLoss(backend='reference')"
+            )
+        return False
+
+    def _nothing_saved(self) -> None:
+        raise RuntimeError(
+            f"the backward pass of backend {self.name!r} was handed nothing that forward had saved: its graph was "
+            "captured where no gradient was asked for; capture it with torch.export, torch.jit.trace or make_fx, which "
+            "save for a later gradient, or with logits that require one"
+        )
 
     def _no_forward_mode(self) -> None:
         raise NotImplementedError(
@@ -305,6 +339,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 _TARGETS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_Transform = torch._C._functorch.TransformType
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also while the compiler looks at a transform
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
 
@@ -318,12 +353,7 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.is_neg() or _is_batched(t)):
             return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.compiler.is_compiling()
-        or torch.autograd._profiler_enabled()  # a profile names operators
-    )
+    return not (watched() or torch.autograd._profiler_enabled())  # a profile names operators
 
 
 class _Eager(torch.autograd.Function):
@@ -383,6 +413,17 @@ class _FunctionalBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
         ctx.operators._no_second_derivative(ctx)
+
+
+def _check_sizes(logits: Tensor, target: Tensor, config: FusedConfig) -> None:
+    """ValueError for sizes that a graph was not traced for; who calls the loss itself never gets here with them."""
+    (h, w), (height, width) = logits.shape[2:], target.shape[-2:]
+    if (h, w) == (height, width) or (config.upsample and h <= height and w <= width):
+        return
+    raise ValueError(
+        f"logits of {h}x{w} for a target of {height}x{width}: this graph was traced for sizes that are "
+        f"{'at most as large' if config.upsample else 'equal'}; trace it again for such sizes, or call the loss itself"
+    )
 
 
 def _fake_backward(d_ce: Tensor, d_semeda: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import backends, checks
 from .eager import Inputs, Options, eager_loss
 from .functional import LossComponents, default_lambda, semeda_loss
-from .proxy.network import EdgeProxy, Float32Buffers, check_layer_weights
+from .proxy.network import EdgeProxy, Float32Buffers
+from .proxy.record import check_layer_weights
 from .warmup import warmup
 
 
@@ -26,7 +27,8 @@ class SemedaLoss(Float32Buffers):
 
     The module has no parameters and an empty state_dict: no optimizer or checkpoint sees the proxy, and DDP refuses to
     wrap it, since there is nothing to synchronise; use it unwrapped. `.to(device)` moves it, `.half()` and other casts
-    leave it in fp32, `to_empty()` leaves its values alone.
+    leave it in fp32, `to_empty()` leaves its values alone. A pickle of it names public classes alone, which
+    `semeda_fast.safe_globals` lists for `torch.load`.
 
     Args:
         proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.
@@ -77,6 +79,7 @@ class SemedaLoss(Float32Buffers):
 
     weight: Tensor | None
     _options: Options | None = None  # of the short way
+    _made_anew = ("_options",)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lambda_ce", "lambda_semeda") and isinstance(value, nn.Parameter):
@@ -138,7 +141,7 @@ class SemedaLoss(Float32Buffers):
             self.proxy.layer_weights if layer_weights is None else layer_weights, self.proxy.num_layers
         )
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self.reduction = reduction
         self.mode = mode
         self.from_logits = from_logits
@@ -247,6 +250,13 @@ class SemedaLoss(Float32Buffers):
             ValueError, TypeError: a shape or dtype that the loss does not take.
         """
         return warmup(self, shape, dtype=dtype, device=device, channels_last=channels_last, labels_dtype=labels_dtype)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script, which compiles a subset of Python that holds neither operators nor options."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile SemedaLoss; trace it by torch.jit.trace(criterion, (logits, target)), "
+            "script the network alone, or use torch.export"
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .installation import PACKAGE, why_missing
+
 # The path of the CUDA module that emulates a GPU on the CPU (tests/cuda_emulated.py), or "".
 CUDA_EMULATION = os.environ.get("SEMEDA_FAST_CUDA_EMULATION", "")
 
@@ -53,22 +55,14 @@ class NativeInfo:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The CPU module, or None and the reason."""
-    return _import(
-        "semeda_fast._C",
-        "semeda_fast was installed with SEMEDA_FAST_BUILD=none or without a working C++ compiler. Install from "
-        "source with SEMEDA_FAST_BUILD=cpu to build it, or to see why it does not build",
-    )
+    return _import("_C")
 
 
 @functools.cache
 def _load_cuda() -> tuple[ModuleType | None, str]:
     """The CUDA module, or what stands for it in tests, or None and the reason."""
     if not CUDA_EMULATION:
-        return _import(
-            "semeda_fast._C_cuda",
-            "semeda_fast was built without nvcc. Install from source with SEMEDA_FAST_BUILD=cuda where the CUDA "
-            "toolkit's nvcc is in PATH to build it, or to see why it does not build",
-        )
+        return _import("_C_cuda")
     try:
         spec = importlib.util.spec_from_file_location("semeda_fast._C_cuda_emulated", CUDA_EMULATION)
         assert spec is not None
@@ -80,12 +74,14 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def _import(name: str, absent: str) -> tuple[ModuleType | None, str]:
-    """A compiled module, or None and the reason; `absent` says why it may be missing, and what to do."""
+def _import(part: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or None and the reason."""
     # torch comes first, so that OpenMP resolves to the runtime that torch.set_num_threads controls.
     importlib.import_module("torch")
-    if importlib.util.find_spec(name) is None:
-        return None, f"{name} is not installed: {absent}"
+    reason = why_missing(part)
+    if reason is not None:
+        return None, reason
+    name = f"{PACKAGE}.{part}"
     try:
         return importlib.import_module(name), ""
     except ImportError as error:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, reference
+from .capture import untraced, writes_onnx
 from .spec import LossSpec, LossTerms
 
 _library = torch.library.Library("semeda_fast", "DEF")
@@ -69,14 +71,16 @@ def loss_terms(
         per_pixel=per_pixel,
         upsample=upsample,
     )
-    checks.check_tensors(logits, target, valid, class_weight, weights, spec)
-    chosen = backends.choose(backend, logits, target, weights, spec)
+    if writes_onnx():
+        backend, validate = _for_onnx(backend, validate)
+    chosen, scaled_by_torch = untraced(_choose, backend, logits, target, valid, class_weight, weights, spec)
+    if chosen.upsamples is None:
+        spec = spec._replace(upsample=False)
     assert chosen.run is not None, f"backend {chosen.name} is available but has nothing to run"
-    device = logits.device.type
-    autocast = torch.is_autocast_enabled(device)
+    device = logits.device.type  # the meta device, for one, has no autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        resized = upsample and logits.shape[2:] != target.shape[-2:]
-        if resized and (chosen.upsamples is None or not chosen.upsamples(logits, target)):
+        if scaled_by_torch:
             # Rounded to half precision they would miss the error budget of a backend that multiplies in fp32.
             exact = logits if chosen.half_products or logits.dtype == torch.float64 else logits.to(torch.float32)
             logits = reference.upsampled(exact, target.shape[-2:])
@@ -94,6 +98,42 @@ def loss_terms(
 
 
 _library.impl("loss_terms", loss_terms, "CompositeImplicitAutograd")
+
+
+def _choose(
+    name: str,
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    class_weight: Tensor | None,
+    weights: Sequence[Tensor],
+    spec: LossSpec,
+) -> tuple[backends.Backend, bool]:
+    """The backend that runs, and whether torch scales the logits up before; looks at metadata only, and checks it."""
+    checks.check_tensors(logits, target, valid, class_weight, weights, spec)
+    chosen = backends.choose(name, logits, target, weights, spec)
+    if not spec.upsample or logits.shape[2:] == target.shape[-2:]:
+        return chosen, False
+    return chosen, chosen.upsamples is None or not chosen.upsamples(logits, target)
+
+
+def _for_onnx(backend: str, validate: str) -> tuple[str, str]:
+    """The backend and the validation of a call that becomes an ONNX graph, which holds torch's own operators alone.
+
+    Raises:
+        ValueError: another was asked for by name.
+    """
+    if backend not in ("auto", "reference"):
+        raise ValueError(
+            f"torch.onnx.export cannot translate the operators of backend {backend!r}; set criterion.backend = 'auto' "
+            "for the export, which takes the reference there"
+        )
+    if validate == "always":
+        raise ValueError(
+            "an ONNX graph cannot raise an error for what tensors hold, as validate='always' asks; set "
+            "criterion.validate = 'auto' for the export: a label that is no class then makes the result NaN"
+        )
+    return "reference", "never"
 
 
 @torch.library.custom_op("semeda_fast::check_values", mutates_args=())
@@ -138,3 +178,11 @@ def _(
     always: bool,
 ) -> Tensor:
     return logits.new_empty((), dtype=torch.float32)
+
+
+def _no_gradient(ctx: Any, d_guard: Tensor) -> tuple[None, ...]:
+    return (None,) * 7
+
+
+# Decompositions take the `detach` in front of it away.
+_check_values.register_autograd(_no_gradient)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import FusedConfig
 from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, on_device, why_not_taken
+from .installation import why_missing
 from .spec import LossSpec
 from .trial import first_use
 
@@ -37,6 +38,8 @@ def _load() -> tuple[ModuleType | None, str]:
     """The launches, or None and the reason."""
     if importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed (torch for CUDA brings it on Linux): pip install triton"
+    if reason := why_missing("kernels"):
+        return None, reason
     try:
         return importlib.import_module("semeda_fast.kernels.launch"), ""
     except Exception as error:  # any version of Triton may fail in its own way, and none may break the import of this

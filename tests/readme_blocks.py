@@ -1,6 +1,6 @@
-"""Run the code blocks of README.md as a reader would: `python tests/readme_blocks.py [README.md]`.
+"""Run the code blocks of README.md or other pages as a reader would: `python tests/readme_blocks.py [README.md ...]`.
 
-Python and shell blocks run in order in one temporary folder that holds links to examples/, docs/, the
+Python and shell blocks of a page run in order in one temporary folder that holds links to examples/, docs/, the
 Makefile and the environment (.venv); each block is a process of its own. Blocks of other languages
 (text, toml, bibtex) are not run, and a fence without a language is an error. An HTML comment directly
 above a fence directs it:
@@ -8,6 +8,9 @@ above a fence directs it:
     <!-- not run: reason -->   counted as skipped; only for what cannot run in CI, such as a GPU
     <!-- setup: code -->       run before the block, in its language; may span lines; hidden from readers
     <!-- continues -->         a Python block that goes on where the previous Python block ended
+
+A page that says `<!-- one program -->` is one program: its Python blocks run in one process, one after the other, so
+each goes on where the one before ended. Line numbers of its tracebacks are those of the page.
 
 `--done "make test"` names a command line that the caller has run already. The closing line is
 'N passed, N failed, N skipped'; the exit code is 1 when a block failed or when none ran.
@@ -35,6 +38,7 @@ NOT_CODE = frozenset({"text", "toml", "yaml", "json", "csv", "bibtex", "diff", "
 
 _FENCE = re.compile(r"^(?P<indent> {0,3})(?P<marks>`{3,}|~{3,})\s*(?P<language>[\w+-]*)")
 _DIRECTIVE = re.compile(r"^(not run:|setup:|continues$)", re.IGNORECASE)
+ONE_PROGRAM = "<!-- one program -->"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def parse(text: str) -> list[Block]:
     blocks: list[Block] = []
     directives: list[str] = []
     previous_python: str | None = None
-    at = 0
+    program = _Program(len(lines)) if ONE_PROGRAM in lines else None
+    at = setup_line = 0
     while at < len(lines):
         start = at + 1
         if lines[at].startswith("<!--"):
@@ -66,6 +71,7 @@ def parse(text: str) -> list[Block]:
             directive = comment.removeprefix("<!--").strip()
             if _DIRECTIVE.match(directive):
                 directives.append(directive)
+                setup_line = start
             continue
         fence = _FENCE.match(lines[at])
         if fence is None:
@@ -79,7 +85,10 @@ def parse(text: str) -> list[Block]:
             raise ValueError(f"line {start}: a code block without a language; write ```text if it is no code")
         if language not in SHELL | PYTHON | NOT_CODE:
             raise ValueError(f"line {start}: the language {language!r} is not known to tests/readme_blocks.py")
-        if language not in NOT_CODE:
+        if language in PYTHON and program is not None and not any(d.lower().startswith("not run") for d in directives):
+            if program.add(start, body, directives, setup_line):
+                blocks.append(Block(start, language, ""))  # its code is known at the end of the page
+        elif language not in NOT_CODE:
             block = _directed(start, language, body, directives, previous_python)
             blocks.append(block)
             if language in PYTHON:
@@ -87,7 +96,33 @@ def parse(text: str) -> list[Block]:
         directives = []
     if directives:
         raise ValueError(f"the comment {directives[-1]!r} stands above no code block")
-    return blocks
+    if program is None:
+        return blocks
+    return [Block(b.line, b.language, program.code()) if b.line == program.first else b for b in blocks]
+
+
+class _Program:
+    """The Python of a page at its own lines, with nothing between."""
+
+    def __init__(self, size: int) -> None:
+        self._lines = [""] * size
+        self.first = 0  # the line of the first fence
+
+    def add(self, line: int, body: str, directives: list[str], setup_line: int) -> bool:
+        """Put a block in its place; returns whether it is the first."""
+        for directive in directives:
+            kind, _, rest = directive.partition(":")
+            if kind.lower() != "setup" or len(directives) > 1:
+                raise ValueError(f"line {line}: {directives!r}: a page that is one program has 'setup' alone")
+            code = textwrap.dedent(rest.lstrip(" ")).splitlines()
+            self._lines[setup_line - 1 : setup_line - 1 + len(code)] = code
+        code = body.splitlines()
+        self._lines[line : line + len(code)] = code
+        self.first = self.first or line
+        return self.first == line
+
+    def code(self) -> str:
+        return "\n".join(self._lines).rstrip() + "\n"
 
 
 def run(block: Block, folder: Path, *, done: Collection[str] = (), timeout: float = 600) -> str:
@@ -118,13 +153,21 @@ def run(block: Block, folder: Path, *, done: Collection[str] = (), timeout: floa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all blocks of a file and print the closing line."""
-    parser = argparse.ArgumentParser(description="Run the code blocks of a Markdown file.")
-    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    """Run all blocks of the files and print the closing line."""
+    parser = argparse.ArgumentParser(description="Run the code blocks of Markdown files.")
+    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"])
     parser.add_argument("--done", action="append", default=[], help="a command line that was run already")
     options = parser.parse_args(arguments)
-    blocks = parse(options.file.read_text(encoding="utf-8"))
-    passed = failed = skipped = 0
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for file in options.files:
+        run_page(file, counts, options.done)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return 1 if counts["failed"] or not counts["passed"] else 0
+
+
+def run_page(file: Path, counts: dict[str, int], done: Collection[str]) -> None:
+    """Run the blocks of one file in a folder of their own, say how each went, and count."""
+    blocks = parse(file.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for entry in LINKED:
@@ -132,20 +175,17 @@ def main(arguments: list[str] | None = None) -> int:
                 (folder / entry).symlink_to(ROOT / entry)
         (folder / ".venv").symlink_to(sys.prefix)
         for block in blocks:
-            title = f"{options.file.name}:{block.line} ({block.language})"
+            title = f"{file.name}:{block.line} ({block.language})"
             if block.not_run:
                 print(f"skipped  {title}: {block.not_run}", flush=True)
-                skipped += 1
+                counts["skipped"] += 1
                 continue
             start = time.monotonic()
-            problem = run(block, folder, done=options.done)
+            problem = run(block, folder, done=done)
             print(f"{'FAILED' if problem else 'passed'}   {title} {time.monotonic() - start:.1f} s", flush=True)
             if problem:
                 print(textwrap.indent(problem, "    "), flush=True)
-            failed += bool(problem)
-            passed += not problem
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
-    return 1 if failed or not passed else 0
+            counts["failed" if problem else "passed"] += 1
 
 
 def _until(lines: list[str], at: int, mark: str) -> tuple[str, int]:

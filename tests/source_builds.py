@@ -20,7 +20,11 @@ NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/non
 
 # The environment of the tests may hold an editable install of this very package.
 OUT_OF_THE_WAY = """
-import site, sys
+import importlib.metadata, site, sys
+noted = importlib.metadata.distributions
+importlib.metadata.distributions = lambda **of: [
+    d for d in noted(**of) if of.get("name") != "semeda-fast" or not str(d.locate_file("")).startswith(sys.prefix)
+]
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 for name in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[name]
@@ -97,11 +101,6 @@ def hide_nvcc(source: Path) -> None:
     hidden = text.replace('USUAL_HOMES = ("/usr/local/cuda", "/opt/cuda")', 'USUAL_HOMES = ("/nonexistent/cuda",)')
     assert hidden != text
     path.write_text(hidden, encoding="utf-8")
-
-
-def broken_nvcc(folder: Path) -> Path:
-    """A toolkit's folder whose nvcc ends with an error."""
-    return fake_nvcc(folder, "echo 'nvcc fatal: no licence for this nvcc' >&2\nexit 3\n")
 
 
 def fake_nvcc(folder: Path, script: str) -> Path:

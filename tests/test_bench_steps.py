@@ -14,10 +14,12 @@ from semeda_fast import backends, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import networks, oracle, plans, report, steps, tables, worker
+from benchmarks import networks, oracle
 from benchmarks.contenders import contenders, upsampling
-from benchmarks.plans import Plan
-from benchmarks.runner import Run
+from benchmarks.report import report, tables
+from benchmarks.suite import plans, steps, worker
+from benchmarks.suite.plans import Plan
+from benchmarks.suite.runner import Run
 from benchmarks.timing import Budget
 from benchmarks.workloads import make_inputs, named
 

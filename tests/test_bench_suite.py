@@ -21,10 +21,11 @@ from semeda_fast import SemedaLoss
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command_line
-from benchmarks import compare, plans, report, runner, tables, worker
 from benchmarks.contenders import contenders
-from benchmarks.plans import Case, Plan
-from benchmarks.runner import Run
+from benchmarks.report import compare, report, tables
+from benchmarks.suite import plans, runner, worker
+from benchmarks.suite.plans import Case, Plan
+from benchmarks.suite.runner import Run
 from benchmarks.timing import Budget, Samples
 from benchmarks.workloads import HEADLINE, named
 

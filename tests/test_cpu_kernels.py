@@ -17,7 +17,7 @@ from torch import Tensor
 
 from semeda_fast import EdgeProxy, backends, semeda_loss
 from semeda_fast.native import native_info, native_module
-from semeda_fast.proxy.network import ProxyLayer
+from semeda_fast.proxy.record import ProxyLayer
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"

@@ -28,7 +28,7 @@ from source_builds import (
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu
+from benchmarks.gpu import session as gpu
 
 SPEC = importlib.util.spec_from_file_location("semeda_fast_nvcc", ROOT / "csrc" / "cuda" / "nvcc.py")
 assert SPEC is not None
@@ -198,7 +198,8 @@ def test_mode_cuda_with_a_failing_nvcc_fails(source: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("mode", "archs", "message"),
     [
-        ("auto", "80,banana", "SEMEDA_FAST_CUDA_ARCHS must list architectures of 80 or above"),
+        ("auto", "90", "SEMEDA_FAST_CUDA_ARCHS=90 is for CUDA kernels, which SEMEDA_FAST_BUILD=cuda builds; set that"),
+        ("cuda", "80,banana", "SEMEDA_FAST_CUDA_ARCHS must list architectures of 80 or above"),
         ("cuda", "70", "got '70' in '70'"),
         ("cuda", "none", "SEMEDA_FAST_BUILD=cuda builds CUDA kernels, and SEMEDA_FAST_CUDA_ARCHS=none none"),
     ],
@@ -218,19 +219,63 @@ def test_mode_cuda_without_kernels_in_the_source_is_an_error(source: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("variables", "kernels"),
+    "variables",
     [
-        ({"SEMEDA_FAST_BUILD": "auto"}, False),
-        ({"SEMEDA_FAST_BUILD": "auto", "SEMEDA_FAST_CUDA_ARCHS": "none"}, True),
-        ({"SEMEDA_FAST_BUILD": "cpu", "SEMEDA_FAST_CUDA_ARCHS": "not read"}, True),
+        {},
+        {"SEMEDA_FAST_BUILD": "auto"},
+        {"SEMEDA_FAST_BUILD": "auto", "SEMEDA_FAST_CUDA_ARCHS": "none"},
+        {"SEMEDA_FAST_BUILD": "cpu", "SEMEDA_FAST_CUDA_ARCHS": "not read"},
     ],
 )
-def test_cuda_that_is_not_wanted_is_not_tried(source: Path, variables: dict[str, str], kernels: bool) -> None:
-    if not kernels:
-        remove_kernels(source)
+def test_cuda_is_built_on_request_alone(source: Path, variables: dict[str, str]) -> None:
     result = run_in(source, ONLY_CUDA, **variables)
     assert result.returncode != 0
     assert "must name an extension of this build, ['semeda_fast._C']; got 'semeda_fast._C_cuda'" in result.stderr
+    assert "SEMEDA_FAST_BUILD=cuda adds it" in result.stderr
+
+
+GPU_AT_HAND = "#!/bin/sh\necho 9.0\n"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize(
+    ("gpu_there", "nvcc_there", "variables", "asked"),
+    [
+        (False, True, {}, ("auto", "none")),
+        (True, True, {}, ("cuda", "90")),
+        (True, False, {}, ("auto", "none")),
+        (False, True, {"CUDA_ARCHS": "80"}, ("cuda", "80")),
+        (True, True, {"CUDA_ARCHS": "none"}, ("auto", "none")),
+        (False, True, {"SEMEDA_FAST_CUDA_ARCHS": "86"}, ("cuda", "86")),
+        (False, True, {"SEMEDA_FAST_BUILD": "cuda"}, ("cuda", "")),
+        (True, True, {"SEMEDA_FAST_BUILD": "cpu"}, ("cpu", "90")),
+    ],
+)
+def test_make_builds_cuda_for_the_gpu_at_hand(
+    source: Path, tmp_path: Path, gpu_there: bool, nvcc_there: bool, variables: dict[str, str], asked: tuple[str, str]
+) -> None:
+    hide_nvcc(source)
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, source)
+    tools = fake_nvcc(tmp_path, "") / "bin" if nvcc_there else tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    smi = tools / "nvidia-smi"
+    smi.write_text(GPU_AT_HAND if gpu_there else "#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    for name in ("make", "sh", "head", "tr"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    done = subprocess.run(
+        ["make", "-n", ".venv/.stamp-dev", f"PYTHON={sys.executable}"],
+        cwd=source,
+        env={"PATH": str(tools), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [command] = [line for line in done.stdout.splitlines() if "pip install" in line]
+    found = re.search(r'SEMEDA_FAST_BUILD="(.*?)" SEMEDA_FAST_CUDA_ARCHS="(.*?)"', command)
+    assert found is not None
+    assert found.groups() == asked
 
 
 CHECK_MODULE = """

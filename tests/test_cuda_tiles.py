@@ -1,4 +1,4 @@
-"""The comparison of tiles and strips on paper (benchmarks/cuda_tiles.py) counts what the kernels' plan takes."""
+"""The comparison of tiles and strips on paper (benchmarks/gpu/cuda_tiles.py) counts what the kernels' plan takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cuda_machine
 from helpers import make_proxy
 
-from benchmarks import cuda_tiles
+from benchmarks.gpu import cuda_tiles
 from semeda_fast.config import config_text, parse_config
 from semeda_fast.native import cuda_module
 from semeda_fast.params import describe

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semeda_fast import EdgeProxy, backends
-from semeda_fast.proxy.network import ProxyLayer
+from semeda_fast.proxy.record import ProxyLayer
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"

@@ -21,10 +21,16 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu, gpu_bench, gpu_layers, gpu_report, gpu_tests, runner, timing
+from benchmarks import timing
 from benchmarks.contenders import contenders
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu import layers as gpu_layers
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import session as gpu
+from benchmarks.gpu import tests as gpu_tests
 from benchmarks.networks import GPU_NETWORKS
-from benchmarks.plans import Plan, make_plans
+from benchmarks.suite import runner
+from benchmarks.suite.plans import Plan, make_plans
 from benchmarks.timing import Budget
 from benchmarks.workloads import make_proxy, named
 from semeda_fast import cuda_ops, trial, triton_ops
@@ -126,14 +132,14 @@ def test_the_list_holds_commands_that_can_be_run(tmp_path: Path, capsys: pytest.
     commands = [shlex.split(line[line.index(sys.executable) :]) for line in text.splitlines() if sys.executable in line]
     tests = [command for command in commands if command[2] == "pytest"]
     others = {command[2]: command[3:] for command in commands if command[2] != "pytest"}
-    assert set(others) == {f"benchmarks.gpu_{name}" for name in ("bench", "layers", "tiles", "report")}
+    assert set(others) == {f"benchmarks.gpu.{name}" for name in ("bench", "layers", "tiles", "report")}
     for name in ("layers", "tiles"):
-        *words, limit = others[f"benchmarks.gpu_{name}"]
+        *words, limit = others[f"benchmarks.gpu.{name}"]
         assert words == ["--output", str(tmp_path), "--limit"]
         assert float(limit) > 45
     for name in others:
         assert importlib.util.find_spec(name) is not None
-    parsed = gpu_bench.parser().parse_args(others["benchmarks.gpu_bench"])
+    parsed = gpu_bench.parser().parse_args(others["benchmarks.gpu.bench"])
     assert (parsed.output, parsed.plans) == (tmp_path, "voc")
     assert parsed.limit > 60
     files = [next(word for word in command if word.endswith(".py")) for command in tests]

@@ -20,10 +20,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu, gpu_report, gpu_tiles, timing
+from benchmarks import timing
 from benchmarks.contenders import Contender
-from benchmarks.gpu_tiles import Tile
-from benchmarks.gpu_workloads import Case, all_cases
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import session as gpu
+from benchmarks.gpu import tiles as gpu_tiles
+from benchmarks.gpu.tiles import Tile
+from benchmarks.gpu.workloads import Case, all_cases
 from benchmarks.timing import Budget, Samples
 from benchmarks.workloads import Inputs, Workload
 from semeda_fast import cuda_ops

@@ -433,7 +433,7 @@ def test_bad_input_is_named(metric: Any, preds: Any, target: Any, kind: type[Exc
         ({"num_classes": 1}, "num_classes=2"),
         ({"num_classes": 2.0}, "must be an integer"),
         ({"num_classes": 3, "average": "micro"}, "'macro', 'none'"),
-        ({"num_classes": 3, "ignore_index": None}, "ignore_index must be an integer"),
+        ({"num_classes": 3, "ignore_index": 1.0}, "ignore_index must be an integer"),
     ],
 )
 def test_bad_common_options_are_named(metric: Any, options: dict[str, Any], words: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from semeda_fast import EdgeProxy, semeda_loss
-from semeda_fast.proxy.network import ProxyLayer
+from semeda_fast.proxy.record import ProxyLayer
 
 
 def conv(a: int, b: int, k: int = 3, stride: int = 1, dilation: int = 1, *, bias: bool = True) -> nn.Conv2d:

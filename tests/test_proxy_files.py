@@ -20,7 +20,7 @@ from torch import Tensor
 from semeda_fast import EdgeProxy, SemedaLoss
 from semeda_fast.errors import ProxyFileError
 from semeda_fast.proxy import storage
-from semeda_fast.proxy.network import ProxyLayer
+from semeda_fast.proxy.record import ProxyLayer
 
 LAYERS = [ProxyLayer(4, 6, 5, 1, 2), ProxyLayer(6, 5, 3, 2), ProxyLayer(5, 3, 1, 1, 1, -2)]
 

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from semeda_fast import EdgeProxy, semeda_loss
 from semeda_fast.functional import LossComponents
-from semeda_fast.proxy.network import ProxyLayer
 from semeda_fast.proxy.quality import corrupted, edge_quality, measure_scales, one_hot
+from semeda_fast.proxy.record import ProxyLayer
 
 DISTANCES = ("l1", "l2", "smooth_l1")
 C = 4

@@ -21,10 +21,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 import options  # noqa: E402
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import gradients, page, study  # noqa: E402
-from benchmarks.recipes import BASES, RECIPES, Recipe  # noqa: E402
-from benchmarks.runner import RESULTS, Run, machine  # noqa: E402
+from benchmarks.report import page  # noqa: E402
 from benchmarks.statistics import mean_interval  # noqa: E402
+from benchmarks.study import gradients  # noqa: E402
+from benchmarks.study import runs as study  # noqa: E402
+from benchmarks.study.recipes import BASES, RECIPES, Recipe  # noqa: E402
+from benchmarks.suite.runner import RESULTS, Run, machine  # noqa: E402
 from semeda_fast import SemedaLoss  # noqa: E402
 
 

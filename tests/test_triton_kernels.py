@@ -19,7 +19,7 @@ from torch import Tensor
 
 from semeda_fast import EdgeProxy, triton_ops
 from semeda_fast.config import FusedConfig
-from semeda_fast.proxy.network import ProxyLayer
+from semeda_fast.proxy.record import ProxyLayer
 
 pytest.importorskip("triton")
 if not triton_ops.interpreted():

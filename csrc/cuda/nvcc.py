@@ -246,3 +246,10 @@ def compile_options(architectures: Sequence[int]) -> list[str]:
     # nvcc splits -D at commas that are not escaped.
     value = initialiser(architectures).replace(",", "\\,")
     return [*FLAGS, *gencode(architectures), f"-DSEMEDA_FAST_CUDA_ARCHITECTURES={value}"]
+
+
+if __name__ == "__main__":  # for the Makefile: the path of nvcc, or why there is none
+    try:
+        print(find_nvcc())
+    except CudaBuildError as error:
+        sys.exit(str(error))

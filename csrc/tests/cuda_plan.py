@@ -27,7 +27,7 @@ PROXIES = {
     (32, 64, 64): "wide",
     (16, 32, 32, 32, 32, 32, 16): "deep",
 }
-# Dataset -> N, C, H, W, as in benchmarks/gpu_bench.py.
+# Dataset -> N, C, H, W, as in benchmarks/gpu/bench.py.
 DATASETS = {"voc": (16, 21, 513, 513), "ade20k": (8, 150, 512, 512)}
 
 # Of every architecture from sm_80 to sm_120, CUDA C++ programming guide, technical specifications per compute

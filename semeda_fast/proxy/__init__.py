@@ -2,7 +2,8 @@
 
 from .edges import edge_labels
 from .masks import MaskFolder, pair_files, read_mask, read_pair
-from .network import EdgeProxy, ProxyLayer
+from .network import EdgeProxy
+from .record import ProxyLayer
 from .synthetic import SyntheticMasks, synthetic_mask
 from .training import train_proxy
 

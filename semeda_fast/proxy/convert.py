@@ -1,4 +1,4 @@
-"""Turning a trained nn.Sequential into an EdgeProxy."""
+"""Turning a trained nn.Sequential into the record of a proxy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .network import EdgeProxy, ProxyLayer
+from .record import ProxyLayer, ProxyRecord
 
 _INERT = (nn.Identity, nn.Dropout, nn.Dropout2d)  # nothing happens there in a frozen network
 
@@ -18,7 +18,7 @@ def from_sequential(
     tap: str = "pre",
     distance: str = "l1",
     layer_weights: Sequence[float] | None = None,
-) -> EdgeProxy:
+) -> ProxyRecord:
     """The proxy that computes what `network` computes in eval mode; layer scales are 1.
 
     Taken: nn.Conv2d with odd square kernels and zero "same" padding (any stride and dilation), each followed
@@ -86,7 +86,7 @@ def from_sequential(
         raise ValueError("the network holds no nn.Conv2d")
     if pool:
         raise ValueError(f"the network ends in a pooling ({pool}); remove it, no layer would see it")
-    return EdgeProxy.from_tensors(
+    return ProxyRecord(
         layers,
         weights,
         biases,

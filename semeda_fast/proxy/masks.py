@@ -103,7 +103,7 @@ class MaskFolder(Dataset[torch.Tensor]):
     Args:
         path: the folder.
         num_classes, ignore_index: as in `read_mask`; checked when an item is read.
-        pattern: a glob such as "*_labelIds.png", matched against the end of each path; None takes all.
+        pattern: a glob such as `*_labelIds.png`, matched against the end of each path; None takes all.
 
     Attributes:
         paths: the files, list of Path. Item i is read from paths[i] each time it is asked for.
@@ -112,7 +112,7 @@ class MaskFolder(Dataset[torch.Tensor]):
     Raises:
         FileNotFoundError: the folder is missing or holds no mask file.
         NotADirectoryError: `path` is a file.
-        Items raise as `read_mask`.
+        MaskFileError: reading an item, as `read_mask` does.
     """
 
     def __init__(

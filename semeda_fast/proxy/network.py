@@ -5,50 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..reference import features
-from ..spec import DISTANCES, TAPS
+from .convert import from_sequential
+from .record import ProxyLayer, ProxyRecord
+from .storage import bundled_record, load_record, save_record
 
 MAX_FUSED_LAYERS = 8
 MAX_FUSED_CHANNELS = 64
-
-
-@dataclass(frozen=True)
-class ProxyLayer:
-    """One convolution, with what stands in front of it. Followed by a ReLU (the last layer's only as a tap).
-
-    Attributes:
-        in_channels, out_channels: K_{l-1} and K_l.
-        kernel_size: odd; the padding is dilation * (kernel_size // 2) zeros on every side ("same").
-        stride, dilation: of the convolution.
-        pool: in front of the convolution: 0 none, k > 1 max-pooling with window and stride k, k < -1
-            average-pooling with window and stride -k.
-    """
-
-    in_channels: int
-    out_channels: int
-    kernel_size: int = 3
-    stride: int = 1
-    dilation: int = 1
-    pool: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
-        if self.in_channels < 1 or self.out_channels < 1:
-            raise ValueError(f"a layer needs at least 1 channel, got {self.in_channels} -> {self.out_channels}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
-        if self.stride < 1 or self.dilation < 1:
-            raise ValueError(f"stride and dilation must be at least 1, got {self.stride} and {self.dilation}")
-        if self.pool in (1, -1):
-            raise ValueError(f"pool must be 0 (none), above 1 (max) or below -1 (average), got {self.pool}")
 
 
 class Float32Buffers(nn.Module):
@@ -59,6 +28,16 @@ class Float32Buffers(nn.Module):
     """
 
     lost = False
+    _made_anew: ClassVar[tuple[str, ...]] = ()  # attributes that calls leave behind, and no copy or pickle holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._lasting(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(self._lasting(state))  # pickles of before held what is made anew
+
+    def _lasting(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name not in self._made_anew}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         originals = {name: b for name, b in self._buffers.items() if b is not None}
@@ -104,6 +83,8 @@ class EdgeProxy(Float32Buffers):
         ValueError: arguments outside the ranges above.
     """
 
+    _made_anew = ("_calls",)  # of eager.py
+
     def __init__(
         self,
         num_classes: int,
@@ -122,49 +103,41 @@ class EdgeProxy(Float32Buffers):
         weights = [_initial_weight(layer, number == 0, generator) for number, layer in enumerate(layers)]
         biases = [torch.zeros(layer.out_channels) for layer in layers]
         super().__init__()
-        self._fill(layers, weights, biases, tap, distance, layer_weights, {}, {"trained": False}, {})
+        self._fill(ProxyRecord(layers, weights, biases, tap, distance, layer_weights, {}, {"trained": False}))
 
-    def _fill(
-        self,
-        layers: Sequence[ProxyLayer],
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        tap: str,
-        distance: str,
-        layer_weights: Sequence[float] | None,
-        scales: Mapping[str, Sequence[float]],
-        provenance: Mapping[str, Any],
-        quality: Mapping[str, Any],
-    ) -> None:
-        _check_choice("tap", tap, TAPS)
-        _check_choice("distance", distance, DISTANCES)
-        if not layers:
-            raise ValueError("a proxy needs at least one layer")
-        for number, layer in enumerate(layers[1:], start=1):
-            if layer.in_channels != layers[number - 1].out_channels:
-                raise ValueError(
-                    f"layer {number} takes {layer.in_channels} channels, but layer {number - 1} gives "
-                    f"{layers[number - 1].out_channels}"
-                )
-        self.layers = tuple(layers)
-        self.tap = tap
-        self.distance = distance
-        self.layer_weights = check_layer_weights(layer_weights, len(layers))
-        self.scales = {name: _positive(name, values, len(layers)) for name, values in scales.items()}
-        self.provenance = dict(provenance)
-        self.quality = dict(quality)
-        for number, (layer, weight, bias) in enumerate(zip(layers, weights, biases, strict=True)):
-            shape = (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
-            if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
-                raise ValueError(
-                    f"layer {number}: expected a weight of shape {shape} and a bias of {shape[:1]}, "
-                    f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
-                )
-            for name, value in (("weight", weight), ("bias", bias)):
-                value = value.detach().to(torch.float32).contiguous().clone()
-                if not torch.isfinite(value).all():
-                    raise ValueError(f"layer {number} holds weights that are not finite (as float32)")
-                self.register_buffer(f"{name}{number}", value, persistent=False)
+    def _fill(self, record: ProxyRecord) -> None:
+        self.layers = tuple(record.layers)
+        self.tap = record.tap
+        self.distance = record.distance
+        self.layer_weights: tuple[float, ...] = tuple(record.layer_weights or ())
+        self.scales: dict[str, tuple[float, ...]] = {name: tuple(values) for name, values in record.scales.items()}
+        self.provenance = dict(record.provenance)
+        self.quality = dict(record.quality)
+        for number, (weight, bias) in enumerate(zip(record.weights, record.biases, strict=True)):
+            self.register_buffer(f"weight{number}", weight, persistent=False)
+            self.register_buffer(f"bias{number}", bias, persistent=False)
+
+    @classmethod
+    def from_record(cls, record: ProxyRecord) -> EdgeProxy:
+        """The network of a record, whose tensors it takes."""
+        proxy = cls.__new__(cls)
+        nn.Module.__init__(proxy)
+        proxy._fill(record)
+        return proxy
+
+    def record(self) -> ProxyRecord:
+        """This proxy as plain data, with copies of its tensors."""
+        return ProxyRecord(
+            self.layers,
+            self.weights,
+            self.biases,
+            self.tap,
+            self.distance,
+            self.layer_weights,
+            self.scales,
+            self.provenance,
+            self.quality,
+        )
 
     @classmethod
     def from_tensors(
@@ -185,20 +158,8 @@ class EdgeProxy(Float32Buffers):
         Raises:
             ValueError: shapes that do not fit the layers, or values that are not finite.
         """
-        proxy = cls.__new__(cls)
-        nn.Module.__init__(proxy)
-        proxy._fill(
-            layers,
-            weights,
-            biases,
-            tap,
-            distance,
-            layer_weights,
-            scales or {},
-            provenance or {},
-            quality or {},
-        )
-        return proxy
+        facts = scales or {}, provenance or {}, quality or {}
+        return cls.from_record(ProxyRecord(layers, weights, biases, tap, distance, layer_weights, *facts))
 
     @property
     def num_classes(self) -> int:
@@ -276,22 +237,7 @@ class EdgeProxy(Float32Buffers):
         Raises:
             ValueError: num_classes below 1 or above this proxy's.
         """
-        if not 1 <= num_classes <= self.num_classes:
-            raise ValueError(f"this proxy has {self.num_classes} classes; cannot cut it to {num_classes}")
-        first = replace(self.layers[0], in_channels=num_classes)
-        weights = self.weights
-        weights[0] = weights[0][:, :num_classes]
-        return EdgeProxy.from_tensors(
-            (first, *self.layers[1:]),
-            weights,
-            self.biases,
-            tap=self.tap,
-            distance=self.distance,
-            layer_weights=self.layer_weights,
-            scales=self.scales,
-            provenance={**self.provenance, "sliced_from_classes": self.num_classes},
-            quality=self.quality,
-        )
+        return EdgeProxy.from_record(self.record().slice_classes(num_classes))
 
     def annotated(
         self,
@@ -301,44 +247,28 @@ class EdgeProxy(Float32Buffers):
         quality: Mapping[str, Any] | None = None,
     ) -> EdgeProxy:
         """A copy with other facts in the place of those given."""
-        return EdgeProxy.from_tensors(
-            self.layers,
-            self.weights,
-            self.biases,
-            tap=self.tap,
-            distance=self.distance,
-            layer_weights=self.layer_weights,
-            scales=self.scales if scales is None else scales,
-            provenance=self.provenance if provenance is None else provenance,
-            quality=self.quality if quality is None else quality,
-        )
+        given = {"scales": scales, "provenance": provenance, "quality": quality}
+        facts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return EdgeProxy.from_record(replace(self.record(), **facts))
 
     @classmethod
     def from_sequential(cls, network: nn.Sequential, tap: str = "pre", **options: Any) -> EdgeProxy:
         """A proxy of an `nn.Sequential` trained elsewhere; see `proxy.convert.from_sequential`."""
-        from .convert import from_sequential
-
-        return from_sequential(network, tap=tap, **options)
+        return cls.from_record(from_sequential(network, tap=tap, **options))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a safetensors file that holds the weights and everything that defines a result."""
-        from .storage import save_proxy
-
-        save_proxy(self, path, overwrite=overwrite)
+        save_record(self.record(), path, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> EdgeProxy:
         """Read what `save` wrote. Raises ProxyFileError naming the file, FileNotFoundError."""
-        from .storage import load_proxy
-
-        return load_proxy(path)
+        return EdgeProxy.from_record(load_record(path))
 
     @staticmethod
     def bundled(num_classes: int) -> EdgeProxy:
         """The universal proxy that comes with the package, cut to `num_classes` (1 to 256) classes."""
-        from .storage import bundled_proxy
-
-        return bundled_proxy(num_classes)
+        return EdgeProxy.from_record(bundled_record(num_classes))
 
     def why_not_fused(self) -> str | None:
         """Why the fused kernels cannot run this network, or None if they can."""
@@ -377,34 +307,6 @@ def why_not_fused(
         if strides[number] != 1 or dilations[number] != 1 or pools[number] != 0:
             return f"the proxy's layer {number} has a stride, a dilation or a pooling; the fused kernels take none"
     return None
-
-
-def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) -> tuple[float, ...]:
-    """The layer weights as floats, all 1 by default; ValueError if they are not one finite number >= 0 a layer."""
-    if layer_weights is None:
-        return (1.0,) * num_layers
-    if isinstance(layer_weights, (int, float, str)):
-        raise TypeError(f"layer_weights must hold one number a layer, {num_layers} in all, got {layer_weights!r}")
-    values = tuple(float(w) for w in layer_weights)
-    if len(values) != num_layers:
-        raise ValueError(
-            f"layer_weights must hold one number a layer: the proxy has {num_layers} layers, got {len(values)}"
-        )
-    if not all(0 <= w < float("inf") for w in values):
-        raise ValueError(f"layer_weights must be finite and not negative, got {values}")
-    return values
-
-
-def _positive(name: str, values: Sequence[float], num_layers: int) -> tuple[float, ...]:
-    scales = tuple(float(s) for s in values)
-    if name not in DISTANCES or len(scales) != num_layers or not all(0 < s < float("inf") for s in scales):
-        raise ValueError(f"scales must map a distance to {num_layers} positive numbers, got {name!r}: {scales}")
-    return scales
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _initial_weight(layer: ProxyLayer, first: bool, generator: torch.Generator) -> Tensor:

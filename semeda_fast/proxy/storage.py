@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 
 from ..errors import ProxyFileError
 from ..files import atomic_path
-from .network import EdgeProxy, ProxyLayer
+from .record import ProxyLayer, ProxyRecord
 
 FORMAT = "semeda_fast.edge_proxy"
 VERSION = 1
 BUNDLED = Path(__file__).with_name("weights") / "universal.safetensors"
 
 
-def save_proxy(proxy: EdgeProxy, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save_record(proxy: ProxyRecord, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write `proxy` to `path` in one step.
 
     Raises:
@@ -52,7 +52,7 @@ def save_proxy(proxy: EdgeProxy, path: str | os.PathLike[str], *, overwrite: boo
         save_file(tensors, temporary, metadata)
 
 
-def load_proxy(path: str | os.PathLike[str]) -> EdgeProxy:
+def load_record(path: str | os.PathLike[str]) -> ProxyRecord:
     """Read a proxy file; nothing in it is ever executed.
 
     Raises:
@@ -96,12 +96,12 @@ def load_proxy(path: str | os.PathLike[str]) -> EdgeProxy:
         raise ProxyFileError(f"{file} describes no valid proxy: {error!r}; train it again") from error
 
 
-def _build(description: dict[str, Any], tensors: dict[str, Any]) -> EdgeProxy:
+def _build(description: dict[str, Any], tensors: dict[str, Any]) -> ProxyRecord:
     layers = [ProxyLayer(**layer) for layer in description["layers"]]
     expected = {f"{number}.{kind}" for number in range(len(layers)) for kind in ("weight", "bias")}
     if set(tensors) != expected:
         raise ValueError(f"expected the tensors {sorted(expected)}, got {sorted(tensors)}")
-    return EdgeProxy.from_tensors(
+    return ProxyRecord(
         layers,
         [tensors[f"{number}.weight"] for number in range(len(layers))],
         [tensors[f"{number}.bias"] for number in range(len(layers))],
@@ -110,22 +110,23 @@ def _build(description: dict[str, Any], tensors: dict[str, Any]) -> EdgeProxy:
 
 
 @functools.lru_cache(maxsize=1)
-def _bundled() -> EdgeProxy:
-    return load_proxy(BUNDLED)
+def _bundled() -> ProxyRecord:
+    return load_record(BUNDLED)
 
 
-def bundled_proxy(num_classes: int) -> EdgeProxy:
+def bundled_record(num_classes: int) -> ProxyRecord:
     """The bundled universal proxy for `num_classes` classes; a copy of its own for each call.
 
     Raises:
         ValueError: num_classes is outside 1..256.
     """
     universal = _bundled()
+    most = universal.layers[0].in_channels
     if isinstance(num_classes, bool) or not isinstance(num_classes, int):
         raise TypeError(f"num_classes must be an int, got {num_classes!r}")
-    if not 1 <= num_classes <= universal.num_classes:
+    if not 1 <= num_classes <= most:
         raise ValueError(
-            f"the bundled proxy serves 1 to {universal.num_classes} classes, got num_classes={num_classes}; "
+            f"the bundled proxy serves 1 to {most} classes, got num_classes={num_classes}; "
             "train one for more classes with train_proxy(masks, num_classes)"
         )
     return universal.slice_classes(num_classes)

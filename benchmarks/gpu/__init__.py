@@ -1,0 +1,1 @@
+"""`make gpu`: tests and measurements on a GPU within minutes; `python -m benchmarks.gpu --help`."""

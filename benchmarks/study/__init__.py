@@ -1,0 +1,1 @@
+"""The accuracy study: does the loss help, and against what; `python -m benchmarks.study --help`."""
