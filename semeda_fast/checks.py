@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .native import has_bad_label
+from .plain import void_label
 from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
 
@@ -25,7 +26,7 @@ def check_options(
     lambda_ce: float | Tensor,
     lambda_semeda: float | Tensor,
     distance: str | None,
-    ignore_index: int,
+    ignore_index: int | None,
     label_smoothing: float,
     reduction: str,
     mode: str,
@@ -44,10 +45,7 @@ def check_options(
     _check_choice("validate", validate, VALIDATE)
     if upsample is not None and upsample not in UPSAMPLE:
         raise ValueError(f"upsample must be None or {', '.join(map(repr, UPSAMPLE))}, got {upsample!r}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {ignore_index}")
+    void_label(ignore_index)
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -71,9 +69,10 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
     """CE's class weights are one floating-point number a class."""
     if weight is None:
         return
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating-point tensor of shape [{num_classes}], got {kind}")
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"weight must be a floating-point tensor of shape [{num_classes}], got {weight.dtype}; pass weight.float()"
+        )
     if tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
 
