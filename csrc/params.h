@@ -11,7 +11,7 @@ namespace semeda_fast {
 
 constexpr int MAX_LAYERS = 8;
 
-enum class DType : int { f32, bf16, f16, u8, i8, i16, i32, i64 };
+enum class DType : int { f32, bf16, f16, u8, i8, i16, i32, i64, u16 };
 enum class Distance : int { l1, l2, smooth_l1 };
 enum class Tap : int { pre, post };
 

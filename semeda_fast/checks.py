@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .capture import untraced
 from .native import has_bad_label
+from .plain import void_label
 from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool)
 
 
 def check_options(
@@ -26,7 +27,7 @@ def check_options(
     lambda_ce: float | Tensor,
     lambda_semeda: float | Tensor,
     distance: str | None,
-    ignore_index: int,
+    ignore_index: int | None,
     label_smoothing: float,
     reduction: str,
     mode: str,
@@ -45,10 +46,7 @@ def check_options(
     _check_choice("validate", validate, VALIDATE)
     if upsample is not None and upsample not in UPSAMPLE:
         raise ValueError(f"upsample must be None or {', '.join(map(repr, UPSAMPLE))}, got {upsample!r}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {ignore_index}")
+    void_label(ignore_index)
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -72,9 +70,10 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
     """CE's class weights are one floating-point number a class."""
     if weight is None:
         return
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating-point tensor of shape [{num_classes}], got {kind}")
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"weight must be a floating-point tensor of shape [{num_classes}], got {weight.dtype}; pass weight.float()"
+        )
     if tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
 
@@ -175,9 +174,10 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
             )
         return
     if target.dtype not in LABEL_DTYPES:
+        remedy = "; pass target.to(torch.int64)" if target.dtype in (torch.uint32, torch.uint64) else ""
         raise TypeError(
-            f"target must hold integer labels (uint8, int8, int16, int32, int64, bool) or a float distribution, "
-            f"got {target.dtype}"
+            "target must hold integer labels (uint8, int8, int16, uint16, int32, int64, bool) or a float distribution, "
+            f"got {target.dtype}{remedy}"
         )
     if tuple(target.shape) != (n, h, w):
         hint = ""
@@ -201,7 +201,7 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     _, bad = validity(logits, target, valid, spec)
     if not bool(bad.any()):
         return
-    wrong = target[bad].to(torch.int64)
+    wrong = target.to(torch.int64)[bad]  # uint16 cannot be indexed everywhere
     values, counts = wrong.unique(return_counts=True)
     shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
     n, y, x = bad.nonzero()[0].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,13 @@ from torch import Tensor
 from . import checks, ops
 from .capture import size_of, untraced
 from .eager import Inputs, Options, eager_loss
+from .plain import class_weights, void_label
 from .proxy.network import EdgeProxy
 from .proxy.record import check_layer_weights
 from .spec import LossTerms
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 __all__ = ["DEFAULT_LAMBDA_SEMEDA", "LossComponents", "semeda_loss"]
 
@@ -50,8 +54,8 @@ def semeda_loss(
     lambda_semeda: float | Tensor | None = None,
     layer_weights: Sequence[float] | None = None,
     distance: str | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
+    weight: Tensor | ArrayLike | None = None,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     mode: str = "multiclass",
@@ -91,6 +95,10 @@ def semeda_loss(
             "the proxy's weights are gone: it was on the meta device before to_empty(), and checkpoints do not hold "
             "it; build the SemedaLoss (or the EdgeProxy) again"
         )
+    if type(ignore_index) is not int:
+        ignore_index = void_label(ignore_index)
+    if weight is not None and not isinstance(weight, Tensor):
+        weight = class_weights(weight, logits.device)
     chosen = proxy.distance if distance is None else distance
     if lambda_semeda is None:
         lambda_semeda = default_lambda(chosen)

@@ -395,7 +395,7 @@ def _soften(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     """Logits [1,C,H,W] as of a network: unsure within two pixels of label edges and where it is wrong."""
     everywhere = torch.ones_like(truth[None], dtype=torch.bool)
     right, chosen = (one_hot(labels[None], everywhere, num_classes) for labels in (truth, predicted))
-    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=torch.float32) / 16
     kernel = (row[:, None] * row).expand(num_classes, 1, 5, 5)
     mixed = F.pad(DOUBT * right + (1 - DOUBT) * chosen, (2, 2, 2, 2), mode="replicate")
     return (SURE * F.conv2d(mixed, kernel, groups=num_classes) + (1 - SURE) / num_classes).log()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,14 @@ from torch import Tensor, nn
 from . import backends, checks
 from .eager import Inputs, Options, eager_loss
 from .functional import LossComponents, default_lambda, semeda_loss
+from .plain import class_weights, void_label, whole_number
 from .proxy.network import EdgeProxy, Float32Buffers
 from .proxy.record import check_layer_weights
 from .warmup import warmup
+from .warn import warn_user
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 class SemedaLoss(Float32Buffers):
@@ -43,9 +49,11 @@ class SemedaLoss(Float32Buffers):
             (`schedule.ramp`).
         layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
         distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
-        weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss; the SEMEDA term is not weighted.
-        ignore_index: the void label. Void pixels are the zero vector in both branches and count nowhere. A float
-            distribution [N,C,H,W] has no labels, so there void is what `valid_mask` says alone.
+        weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss: a tensor, a list or a NumPy array; the
+            SEMEDA term is not weighted. No checkpoint stores them, but one of nn.CrossEntropyLoss(weight) loads.
+        ignore_index: the void label; None means -100, which is no label. Void pixels are the zero vector in both
+            branches and count nowhere. A float distribution [N,C,H,W] has no labels, so there void is what `valid_mask`
+            says alone.
         label_smoothing: of cross-entropy, in [0, 1].
         reduction: "mean" over valid pixels, "sum", or "none": [N,H,W], zero at void pixels.
         mode: "multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.
@@ -87,6 +95,10 @@ class SemedaLoss(Float32Buffers):
                 f"{name} is an nn.Parameter, and this module holds none; keep it in a module of your "
                 f"own and assign a tensor made of it before each step, such as criterion.{name} = log_weight.exp()"
             )
+        if name == "ignore_index":
+            value = void_label(value)
+        elif name == "weight":
+            value = class_weights(value, self.proxy.weights[0].device)
         super().__setattr__(name, value)
         self.__dict__["_options"] = None  # made anew of what is assigned
 
@@ -99,8 +111,8 @@ class SemedaLoss(Float32Buffers):
         lambda_semeda: float | Tensor | None = None,
         layer_weights: Sequence[float] | None = None,
         distance: str | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
+        weight: Tensor | ArrayLike | None = None,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         mode: str = "multiclass",
@@ -130,6 +142,7 @@ class SemedaLoss(Float32Buffers):
                 f"mode='binary' needs a proxy with 2 classes, got one with {self.proxy.num_classes}; leave num_classes "
                 "out, or give a proxy for 2 classes"
             )
+        weight = class_weights(weight)
         checks.check_class_weight(weight, self.proxy.num_classes)
         self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
         for name in ("lambda_ce", "lambda_semeda"):
@@ -258,6 +271,40 @@ class SemedaLoss(Float32Buffers):
             "script the network alone, or use torch.export"
         )
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes the class weights of nn.CrossEntropyLoss(weight) from a checkpoint of before, as that would."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = f"{prefix}weight"
+        saved = state_dict.get(key)
+        if not isinstance(saved, Tensor):
+            return
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        expected = (self.proxy.num_classes,)
+        if tuple(saved.shape) != expected:
+            error_msgs.append(
+                f"size mismatch for {key}: the checkpoint holds class weights of shape {list(saved.shape)}, and this "
+                f"loss has {expected[0]} classes; remove the key, or build the loss for as many classes"
+            )
+            return
+        if self.weight is None:
+            warn_user(
+                f"the checkpoint's {key!r} holds class weights, as of nn.CrossEntropyLoss(weight), and SemedaLoss was "
+                "built without; it takes them. For the loss without them assign criterion.weight = None after loading"
+            )
+        self.weight = saved.detach().to(self.proxy.weights[0].device, torch.float32, copy=True)
+
     def extra_repr(self) -> str:
         return (
             f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}, layer_weights={self.layer_weights}, "
@@ -267,13 +314,15 @@ class SemedaLoss(Float32Buffers):
 
 
 def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes: int | None, mode: str) -> EdgeProxy:
+    if num_classes is not None:
+        num_classes = whole_number("num_classes", num_classes)
     if proxy is None:
         if num_classes is None and mode == "binary":
             num_classes = 2
         if num_classes is None:
             raise ValueError("pass num_classes=C for the bundled proxy, or a proxy (an EdgeProxy or its file's path)")
         return EdgeProxy.bundled(num_classes)
-    if isinstance(proxy, int):
+    if isinstance(proxy, Integral):
         raise TypeError(f"the first argument is a proxy, got {proxy!r}; write SemedaLoss(num_classes={proxy})")
     if isinstance(proxy, Tensor):
         raise TypeError("the first argument is a proxy, got a tensor; class weights are SemedaLoss(..., weight=...)")

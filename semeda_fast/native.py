@@ -28,6 +28,7 @@ _DTYPES = {  # DType in csrc/params.h
     torch.int16: 5,
     torch.int32: 6,
     torch.int64: 7,
+    torch.uint16: 8,
 }
 
 

@@ -115,7 +115,9 @@ def not_ignored(target: Tensor, ignore_index: int) -> Tensor:
     """target != ignore_index, true everywhere where the labels' dtype cannot hold ignore_index."""
     low, high = (0, 1) if target.dtype == torch.bool else _limits(target.dtype)
     if low <= ignore_index <= high:
-        return target != ignore_index
+        # torch compares unsigned integers of 16 bits and more on some devices only.
+        narrow = target.dtype not in (torch.uint16, torch.uint32, torch.uint64)
+        return (target if narrow else target.to(torch.int64)) != ignore_index
     # Compared as they are, uint8 labels would wrap -100 to 156 and lose class 156.
     return torch.ones_like(target, dtype=torch.bool)
 

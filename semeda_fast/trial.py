@@ -64,15 +64,15 @@ def _disagreement(
     height, width = TRIAL_SIZE
     classes = config.channels[0]
     channels = 1 if config.mode == "binary" else classes
-    logits = torch.randn((1, channels, height, width), generator=generator).to(device, dtype)
+    logits = torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32).to(device, dtype)
     logits = logits.contiguous(memory_format=order)
     target = torch.zeros((1, height, width), dtype=torch.int64, device=device)
     target[:, height // 2 :, -width // 8 :] = min(1, classes - 1)  # an edge, and tiles without one
     weights, biases = [], []
     for before, out, size in zip(config.channels, config.channels[1:], config.sizes, strict=False):
-        weight = torch.randn((out, before, size, size), generator=generator)
+        weight = torch.randn((out, before, size, size), generator=generator, dtype=torch.float32)
         weights.append((weight / (size * before**0.5)).to(device))
-        biases.append(torch.randn(out, generator=generator).to(device))
+        biases.append(torch.randn(out, generator=generator, dtype=torch.float32).to(device))
     flat = torch.cat([tensor.reshape(-1) for tensor in (*weights, *biases)])
     leaf = logits.clone().requires_grad_()
     ones = (1,) * len(config.sizes)

@@ -77,13 +77,13 @@ def _inputs(
     """Logits (or probabilities) and labels (or a distribution), from a generator of their own."""
     generator = torch.Generator(device).manual_seed(0)
     n, channels, height, width = sizes
-    logits = torch.randn(sizes, generator=generator, device=device)
+    logits = torch.randn(sizes, generator=generator, device=device, dtype=torch.float32)
     if not criterion.from_logits:
         logits = logits.sigmoid() if criterion.mode == "binary" else logits.softmax(dim=1)
     order = torch.channels_last if channels_last else torch.contiguous_format
     logits = logits.to(dtype).contiguous(memory_format=order)
     if labels_dtype.is_floating_point:
-        soft = torch.rand(sizes, generator=generator, device=device)
+        soft = torch.rand(sizes, generator=generator, device=device, dtype=torch.float32)
         return logits, (soft if channels == 1 else soft.softmax(dim=1)).to(labels_dtype)
     classes = 2 if criterion.mode == "binary" else channels
     if labels_dtype != torch.bool:

@@ -222,7 +222,9 @@ def test_binary_mode(channels: int, dtype: torch.dtype) -> None:
     check(logits, target, proxy, mode="binary", label_smoothing=0.1, weight=torch.tensor([0.5, 2.0]), **options)
 
 
-@pytest.mark.parametrize("labels", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "labels", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_label_dtypes(labels: torch.dtype, masked: bool) -> None:
     """With a mask, what lies under it may be any number that the dtype holds."""
@@ -234,7 +236,8 @@ def test_label_dtypes(labels: torch.dtype, masked: bool) -> None:
     if masked:
         options["valid_mask"] = torch.rand(target.shape, generator=torch.Generator().manual_seed(4)) < 0.8
         if labels != torch.bool:
-            narrow[~options["valid_mask"]] = torch.iinfo(labels).max
+            hidden = torch.where(options["valid_mask"], narrow.to(torch.int64), torch.iinfo(labels).max)
+            narrow = hidden.to(labels)
     check(logits, narrow, proxy_of(2, [(4, 3), (2, 3)]), lambda_semeda=1.0, **options)
 
 

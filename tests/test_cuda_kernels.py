@@ -352,7 +352,7 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
 def test_integers_of_every_width() -> None:
     problem = problem_of(Scene(labels="noise", classes=20))
     expected = run(problem)
-    for dtype in (torch.int16, torch.int32, torch.int64):
+    for dtype in (torch.int16, torch.uint16, torch.int32, torch.int64):
         run(problem._replace(target=problem.target.to(dtype))).assert_same(expected, f"labels of {dtype}")
     signed = problem._replace(target=torch.where(problem.target == VOID, 100, problem.target).to(torch.int8))
     config = replace(problem.config, ignore_index=100)

@@ -113,7 +113,7 @@ def test_expanded_logits_and_labels(case: Case) -> None:
     torch.testing.assert_close(leaf.grad, grad, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("labels", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
 def test_label_widths_agree(case: Case, labels: torch.dtype) -> None:
     logits, target = make_inputs(device=case.device)
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
@@ -121,6 +121,25 @@ def test_label_widths_agree(case: Case, labels: torch.dtype) -> None:
     narrow_loss, narrow_grad = value_and_grad(criterion, logits, target.to(labels))
     assert torch.equal(loss, narrow_loss)
     assert torch.equal(grad, narrow_grad)
+
+
+@pytest.mark.parametrize("void", [65535, 40000])
+def test_the_upper_half_of_uint16(case: Case, void: int) -> None:
+    """Read as int16 these would be negative, and -1 or another label."""
+    logits, target = make_inputs(device=case.device)
+    criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
+    expected = value_and_grad(criterion, logits, target)
+    wide = torch.where(target == VOID, void, target).to(torch.uint16)
+    other = SemedaLoss(make_proxy(), ignore_index=void, backend=case.backend).to(case.device)
+    for found in (value_and_grad(other, logits, wide), value_and_grad(other, logits, wide.mT.contiguous().mT)):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    unknown = SemedaLoss(make_proxy(), ignore_index=void - 65536, backend=case.backend).to(case.device)
+    if case.device == "cpu":
+        with pytest.raises(ValueError, match=f"from {void} to {void}"):
+            unknown(logits, wide)
+    silent = SemedaLoss(make_proxy(), ignore_index=void - 65536, validate="never", backend=case.backend).to(case.device)
+    assert silent(logits, wide).isnan()
 
 
 def test_strided_labels(case: Case) -> None:

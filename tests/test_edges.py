@@ -8,7 +8,7 @@ from torch import Tensor
 
 from semeda_fast.proxy.edges import edge_labels
 
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
 def slow_edges(target: Tensor, radius: int, ignore_index: int) -> Tensor:

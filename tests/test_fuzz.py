@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"
 )
 EXAMPLES = int(os.environ.get("SEMEDA_FAST_FUZZ", "0"))
-LABELS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+LABELS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64]
 LAYOUTS = ["nchw", "channels_last", "sliced", "transposed", "expanded"]
 
 

@@ -197,6 +197,9 @@ def test_tensor_folder_dataset_and_array_agree(tmp_path: Path) -> None:
         "an array": masks.numpy(),
         "uint8": masks.to(torch.uint8),
         "int16": masks.to(torch.int16),
+        "uint16": masks.to(torch.uint16),
+        "uint16, an array": masks.numpy().astype(np.uint16),
+        "uint32": masks.to(torch.uint32),
     }
     for name, source in sources.items():
         assert same(train_proxy(source, 4, ignore_index=255, **TINY), tensor), name

@@ -47,7 +47,7 @@ def test_it_runs_on_every_backend_with_and_without_a_gradient(case: Case) -> Non
     assert len(target.unique()) == NUM_CLASSES
 
 
-@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
 def test_dtypes_and_layout_are_those_named(labels_dtype: torch.dtype) -> None:
     criterion = make()
     warmup(criterion, SHAPE, dtype=torch.bfloat16, channels_last=True, labels_dtype=labels_dtype)

@@ -10,6 +10,7 @@ inline std::int64_t bytes_of(DType dtype) {
         case DType::bf16:
         case DType::f16:
         case DType::i16:
+        case DType::u16:
             return 2;
         case DType::i64:
             return 8;

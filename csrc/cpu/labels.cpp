@@ -50,6 +50,9 @@ bool has_bad_label(const LossParams& p) {
             case DType::i16:
                 bad = is_bad<std::int16_t>(p, n, y);
                 break;
+            case DType::u16:
+                bad = is_bad<std::uint16_t>(p, n, y);
+                break;
             case DType::i32:
                 bad = is_bad<std::int32_t>(p, n, y);
                 break;

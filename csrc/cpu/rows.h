@@ -305,6 +305,8 @@ inline bool read_labels(const View& view, std::int64_t n, std::int64_t y, std::i
             return row(static_cast<const std::int8_t*>(view.data));
         case DType::i16:
             return row(static_cast<const std::int16_t*>(view.data));
+        case DType::u16:
+            return row(static_cast<const std::uint16_t*>(view.data));
         case DType::i32:
             return row(static_cast<const std::int32_t*>(view.data));
         default:

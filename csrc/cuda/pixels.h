@@ -17,6 +17,8 @@ DEVICE std::int64_t read_integer(const View& view, std::int64_t at) {
             return load_constant(static_cast<const signed char*>(view.data) + at);
         case DType::i16:
             return load_constant(static_cast<const short*>(view.data) + at);
+        case DType::u16:
+            return load_constant(static_cast<const unsigned short*>(view.data) + at);
         case DType::i32:
             return load_constant(static_cast<const int*>(view.data) + at);
         default:

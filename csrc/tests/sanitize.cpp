@@ -50,7 +50,7 @@ struct Case {
 std::string describe(const Case& c) {
     static const char* const taps[] = {"pre", "post"};
     static const char* const distances[] = {"l1", "l2", "smooth_l1"};
-    static const char* const dtypes[] = {"f32", "bf16", "f16", "u8", "i8", "i16", "i32", "i64"};
+    static const char* const dtypes[] = {"f32", "bf16", "f16", "u8", "i8", "i16", "i32", "i64", "u16"};
     static const char* const layouts[] = {"nchw", "channels_last", "transposed", "spaced", "expanded"};
     char text[256];
     std::snprintf(text, sizeof text, "[%d,%d,%d,%d] %s %s %s %s", c.shape.n, c.shape.classes, c.shape.h,
@@ -82,7 +82,7 @@ struct Problem {
     LossParams p;
 
     static std::int64_t ignore_index(DType labels) {
-        return labels == DType::u8 ? 255 : labels == DType::i8 ? -1 : -100;
+        return labels == DType::u8 ? 255 : labels == DType::i8 ? -1 : labels == DType::u16 ? 65535 : -100;
     }
 
     explicit Problem(const Case& the_case)
@@ -108,7 +108,10 @@ struct Problem {
             return label[static_cast<std::size_t>((n * h + y) * w + x)];
         };
         const std::int64_t ignored = ignore_index(c.labels);
-        const double bad = c.labels == DType::i8 ? 127 : c.labels == DType::u8 ? 254 : -32000;
+        const double bad = c.labels == DType::i8    ? 127
+                           : c.labels == DType::u8  ? 254
+                           : c.labels == DType::u16 ? 40000
+                                                    : -32000;
         target.fill([&](std::int64_t n, std::int64_t, std::int64_t y, std::int64_t x) {
             if (c.soft) return random.below(9) / 8.0;
             const int known = label_at(n, y, x);
@@ -365,7 +368,7 @@ std::vector<Case> cases() {
     const DType floats[] = {DType::f32, DType::bf16, DType::f16};
     const Layout layouts[] = {Layout::nchw, Layout::channels_last, Layout::transposed, Layout::spaced,
                               Layout::expanded};
-    const DType labels[] = {DType::u8, DType::i8, DType::i16, DType::i32, DType::i64};
+    const DType labels[] = {DType::u8, DType::i8, DType::i16, DType::i32, DType::i64, DType::u16};
 
     std::vector<Case> all;
     unsigned i = 0;  // strides of different primes meet many combinations of the options
@@ -374,7 +377,7 @@ std::vector<Case> cases() {
         c.distance = distances[i / 2 % 3];
         c.dtype = floats[i % 5 % 3];
         c.layout = layouts[i / 3 % 5];
-        c.labels = c.shape.classes > 127 ? DType::i16 : labels[i / 7 % 5];
+        c.labels = c.shape.classes > 127 ? DType::i16 : labels[i / 7 % 6];
         c.valid = i % 3 == 1;
         c.weights = i % 4 == 2;
         c.maps = i / 2 % 2 == 1;

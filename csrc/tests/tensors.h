@@ -47,7 +47,7 @@ class Block {
 };
 
 std::size_t size_of(DType dtype) {
-    static const std::size_t sizes[] = {4, 2, 2, 1, 1, 2, 4, 8};
+    static const std::size_t sizes[] = {4, 2, 2, 1, 1, 2, 4, 8, 2};
     return sizes[static_cast<int>(dtype)];
 }
 
@@ -118,6 +118,9 @@ struct Tensor {
                 break;
             case DType::i16:
                 block.as<std::int16_t>()[at] = static_cast<std::int16_t>(value);
+                break;
+            case DType::u16:
+                block.as<std::uint16_t>()[at] = static_cast<std::uint16_t>(value);
                 break;
             case DType::i32:
                 block.as<std::int32_t>()[at] = static_cast<std::int32_t>(value);

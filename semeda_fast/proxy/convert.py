@@ -59,7 +59,11 @@ def from_sequential(
                 )
             )
             weights.append(module.weight.detach().float())
-            bias = torch.zeros(module.out_channels) if module.bias is None else module.bias.detach().float()
+            bias = (
+                torch.zeros(module.out_channels, dtype=torch.float32)
+                if module.bias is None
+                else module.bias.detach().float()
+            )
             biases.append(bias.to(module.weight.device))
             state, pool = "conv", 0
         elif isinstance(module, nn.BatchNorm2d):

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from semeda_fast.errors import MaskFileError
+from semeda_fast.plain import whole_number
 
 from .pixels import decode
 
@@ -53,6 +54,8 @@ def read_mask(
         ImportError: Pillow is missing.
     """
     path = Path(path)
+    if num_classes is not None:
+        num_classes = whole_number("num_classes", num_classes)
     mask = decode(path, "mask")
     if num_classes is not None:
         _check_values(mask, path, num_classes, ignore_index)
@@ -124,7 +127,8 @@ class MaskFolder(Dataset[torch.Tensor]):
         pattern: str | None = None,
     ) -> None:
         self.paths: list[Path] = _list_files(Path(path), "mask", MASK_EXTENSIONS, pattern)
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.num_classes = None if num_classes is None else whole_number("num_classes", num_classes)
+        self.ignore_index = None if ignore_index is None else whole_number("ignore_index", ignore_index)
         self.description = describe_folder(path) + (f", pattern {pattern!r}" if pattern is not None else "")
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..plain import whole_number
 from ..reference import features
 from .convert import from_sequential
 from .record import ProxyLayer, ProxyRecord
@@ -97,11 +98,12 @@ class EdgeProxy(Float32Buffers):
         layer_weights: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
-        channels = [int(num_classes), *(int(w) for w in widths), int(edge_classes)]
+        named = [("num_classes", num_classes), *(("a width", w) for w in widths), ("edge_classes", edge_classes)]
+        channels = [whole_number(name, value) for name, value in named]
         layers = [ProxyLayer(a, b, kernel_size) for a, b in itertools.pairwise(channels)]
         generator = torch.Generator().manual_seed(seed)
         weights = [_initial_weight(layer, number == 0, generator) for number, layer in enumerate(layers)]
-        biases = [torch.zeros(layer.out_channels) for layer in layers]
+        biases = [torch.zeros(layer.out_channels, dtype=torch.float32) for layer in layers]
         super().__init__()
         self._fill(ProxyRecord(layers, weights, biases, tap, distance, layer_weights, {}, {"trained": False}))
 
@@ -317,5 +319,5 @@ def _initial_weight(layer: ProxyLayer, first: bool, generator: torch.Generator) 
     """
     shape = (layer.out_channels, layer.in_channels, layer.kernel_size, layer.kernel_size)
     fan_in = layer.kernel_size**2 * (1 if first else layer.in_channels)
-    weight = torch.randn(shape, generator=generator) * (2.0 / fan_in) ** 0.5
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32) * (2.0 / fan_in) ** 0.5
     return weight - weight.mean(dim=(2, 3), keepdim=True) if first and layer.kernel_size > 1 else weight

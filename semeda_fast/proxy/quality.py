@@ -86,7 +86,7 @@ def corrupted(labels: Tensor, valid: Tensor, q: Tensor) -> Tensor:
 def one_hot(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
     """The one-hot map of labels [N,H,W] as fp32 [N,C,H,W], zero where not valid."""
     n, h, w = labels.shape
-    result = torch.zeros((n, num_classes, h, w), device=labels.device)
+    result = torch.zeros((n, num_classes, h, w), dtype=torch.float32, device=labels.device)
     index = torch.where(valid, labels.long(), 0).unsqueeze(1)
     return result.scatter_(1, index, valid.unsqueeze(1).to(result.dtype))
 

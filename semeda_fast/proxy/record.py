@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..plain import whole_number
 from ..spec import DISTANCES, TAPS
 
 
@@ -34,8 +35,7 @@ class ProxyLayer:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
+            object.__setattr__(self, name, whole_number(name, value))
         if self.in_channels < 1 or self.out_channels < 1:
             raise ValueError(f"a layer needs at least 1 channel, got {self.in_channels} -> {self.out_channels}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -113,7 +113,7 @@ class ProxyRecord:
         Raises:
             ValueError: num_classes below 1 or above this proxy's.
         """
-        have = self.layers[0].in_channels
+        num_classes, have = whole_number("num_classes", num_classes), self.layers[0].in_channels
         if not 1 <= num_classes <= have:
             raise ValueError(f"this proxy has {have} classes; cannot cut it to {num_classes}")
         return replace(

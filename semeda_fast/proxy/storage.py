@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import ProxyFileError
 from ..files import atomic_path
+from ..plain import whole_number
 from .record import ProxyLayer, ProxyRecord
 
 FORMAT = "semeda_fast.edge_proxy"
@@ -125,8 +126,7 @@ def bundled_record(num_classes: int) -> ProxyRecord:
     """
     universal = _bundled()
     most = universal.layers[0].in_channels
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"num_classes must be an int, got {num_classes!r}")
+    num_classes = whole_number("num_classes", num_classes)
     if not 1 <= num_classes <= most:
         raise ValueError(
             f"the bundled proxy serves 1 to {most} classes, got num_classes={num_classes}; "
