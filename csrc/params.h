@@ -41,6 +41,7 @@ struct LossParams {
     View valid;   // [N,H,W] u8, or no data: all pixels count that are not ignore_index
     bool soft = false;
     int soft_channels = 0;                // channels of a soft target: C, or 1 in binary mode
+    float soft_tolerance = 0;             // of a soft target's sums; 0: it is not looked at
     const float* class_weight = nullptr;  // [C] or null
     std::int64_t ignore_index = -100;
     float label_smoothing = 0;
@@ -54,7 +55,7 @@ struct LossParams {
     float* ce_map = nullptr;         // [N,H,W] or null: only the sums are wanted
     float* semeda_map = nullptr;     // [N,H,W], null together with ce_map
     float* terms = nullptr;          // [3 + L]: ce, semeda, ce_weight, per_layer...
-    std::int64_t* counts = nullptr;  // [2]: valid pixels, pixels whose label is no class
+    std::int64_t* counts = nullptr;  // [2]: valid pixels, those with no class or distribution
     std::uint8_t* codes = nullptr;   // [N,H,code_bytes(...)], or null: no backward will come
     float* saved_d = nullptr;  // [N,H,saved_floats(...)]: l2 and smooth_l1 need d itself; order: cpu/plan.h
 

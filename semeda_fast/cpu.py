@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import FusedConfig, config_text, parse_config
+from .distributions import limit_for
 from .fused import FusedOps, Outputs, Problem, Saved, name_bad_labels, why_not_taken
 from .native import dtype_code, native_info, native_module
 from .params import add_gradients, fill
@@ -198,7 +199,9 @@ def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, option
     if weight is not None and not (weight.dtype == torch.float32 and weight.is_contiguous()):
         return None
     weights = parameters[: len(parameters) // 2]
-    return _PreparedCall(inputs, parameters, config_text(weights, spec, options.validate == "auto"), options)
+    check = options.validate == "auto"
+    config = config_text(weights, spec, check, limit_for(inputs.target, check))
+    return _PreparedCall(inputs, parameters, config, options)
 
 
 _SOFT = (torch.float32, torch.bfloat16, torch.float16)

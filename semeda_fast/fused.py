@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_labels
+from .checks import assertion, check_labels
 from .config import FusedConfig, config_text, parse_config
+from .distributions import bad_pixels, limit_for, raise_bad_distribution
 from .spec import LossSpec, LossTerms
 
 
@@ -65,30 +66,31 @@ SavedFunction = Callable[[Tensor, Tensor, FusedConfig], Saved]
 
 
 def assert_labels(problem: Problem, bad: Tensor) -> None:
-    """Object to labels that are no class: an asynchronous assert, or on the CPU the error of the checks at once.
+    """Object to a target with labels that are no class, or with soft values that are no distribution.
+
+    An asynchronous assert, or on the CPU the error of the checks at once.
 
     Args:
-        bad: [] int64, how many a kernel has found, on the logits' device.
+        bad: [] int64, how many pixels a kernel has found, on the logits' device.
 
     Raises:
-        ValueError: on the CPU; the text names the labels.
+        ValueError: on the CPU; the text names what they hold.
     """
     if bad.device.type == "cpu":
         if int(bad):
             name_bad_labels(problem)
         return
-    torch._assert_async(
-        bad == 0,
-        "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
-        "run once with validate='always' to see which",
-    )
+    torch._assert_async(bad == 0, assertion(problem.target))
 
 
 def name_bad_labels(problem: Problem) -> None:
-    """Raise the ValueError of the checks for a target that holds labels which are no class."""
+    """Raise the ValueError of the checks for a target that holds labels which are no class, or no distribution."""
     config = problem.config
     spec = LossSpec((), (), (), (), (), ignore_index=config.ignore_index, mode=config.mode)
-    check_labels(problem.logits, problem.target, problem.valid, spec)
+    target, valid = problem.target, problem.valid
+    if target.is_floating_point():
+        raise_bad_distribution("target", target, valid, bad_pixels(target, valid, spec, config.tolerance), spec)
+    check_labels(problem.logits, target, valid, spec)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -176,11 +178,12 @@ class FusedOps:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         spec: LossSpec,
-        check_labels: bool,
+        check_target: bool,
     ) -> LossTerms:
         """The terms of `reference.loss_terms`, for arguments that passed its checks."""
         if not torch.compiler.is_compiling() and _has_tangent(logits):
             self._no_forward_mode()
+        config = config_text(weights, spec, check_target, limit_for(target, check_target))
         if target.is_floating_point() and target.dtype not in _TARGETS:
             target = target.to(torch.float32)  # float8
         save = torch.is_grad_enabled() and logits.requires_grad
@@ -192,7 +195,7 @@ class FusedOps:
             flat = torch._C._nn.flatten_dense_tensors(parts)  # the same in one call
         if flat.dtype != torch.float32:
             flat = flat.to(torch.float32)
-        inputs = (logits, target, valid, class_weight, flat, config_text(weights, spec, check_labels), save)
+        inputs = (logits, target, valid, class_weight, flat, config, save)
         if save and (torch._C._are_functorch_transforms_active() or _is_wrapped(logits)):
             return LossTerms(*_Functional.apply(self, *inputs)[:5])
         if not save or torch.compiler.is_compiling():
