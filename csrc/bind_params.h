@@ -100,6 +100,7 @@ inline py::class_<LossParams> define_params(py::module_& module) {
         .def_readwrite("valid", &LossParams::valid)
         .def_readwrite("soft", &LossParams::soft)
         .def_readwrite("soft_channels", &LossParams::soft_channels)
+        .def_readwrite("soft_tolerance", &LossParams::soft_tolerance)
         .def_readwrite("ignore_index", &LossParams::ignore_index)
         .def_readwrite("label_smoothing", &LossParams::label_smoothing)
         .def_readwrite("threads", &LossParams::threads)

@@ -73,6 +73,7 @@ struct LossParams : Zeroed {
     TensorView valid;   // [N,H,W] u8, or none: all pixels count that are not ignore_index
     bool soft = false;
     int soft_channels = 0;             // channels of a soft target: C, or 1 in binary mode
+    float soft_tolerance = 0;          // of a soft target's sums; 0: it is not looked at
     Buffer<const float> class_weight;  // [C] or none
     std::int64_t ignore_index = -100;
     float label_smoothing = 0;
@@ -86,7 +87,7 @@ struct LossParams : Zeroed {
     Buffer<float> ce_map;         // [N,H,W] or none: only the sums are wanted
     Buffer<float> semeda_map;     // [N,H,W], none together with ce_map
     Buffer<float> terms;          // [3 + L]: ce, semeda, ce_weight, per_layer...
-    Buffer<std::int64_t> counts;  // [2]: valid pixels, pixels whose label is no class
+    Buffer<std::int64_t> counts;  // [2]: valid pixels, those with no class or distribution
     Buffer<std::uint8_t> codes;   // [N,H,code_bytes(...)], or none: no backward will come
     Buffer<float> saved_d;  // [N,H,saved_floats(...)]: l2 and smooth_l1 need d itself; order: cpu/plan.h
 

@@ -199,6 +199,7 @@ def forward_launches(
             **inputs.label_strides(),
             "ignore_index": config.ignore_index,
             "label_smoothing": config.label_smoothing,
+            "tolerance": config.tolerance,
             "C": plan.classes,
             "IN": first.in_pad,
             "BLOCK_C": plan.block_c,

@@ -5,7 +5,7 @@ Logits are read once, in their own dtype and strides; all other kernels read `e`
     e       [P, IN]       p - q, channels last, zero beyond class C and at void pixels; P = N H W
     q       [P, IN]       the target distribution, written where it is soft
     labels  [P]           class of each pixel, C where it is void
-    partial [4, tiles]    sums of each tile: cross-entropy, its divisor, valid pixels, bad labels
+    partial [4, tiles]    sums of each tile: cross-entropy, its divisor, valid pixels, those of a bad target
 
 A program takes a tile of BLOCK_H x BLOCK_W pixels with all their classes.
 """
@@ -23,7 +23,7 @@ from .geometry import read_distribution, read_labels, read_logits, tile_pixels, 
         "H", "W", "tiles_x", "tiles_per_image", "tiles",
         "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
         "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
-        "v_stride_n", "v_stride_h", "v_stride_w", "ignore_index", "label_smoothing",
+        "v_stride_n", "v_stride_h", "v_stride_w", "ignore_index", "label_smoothing", "tolerance",
     ]
 )  # fmt: skip
 def softmax_fwd_kernel(
@@ -36,7 +36,7 @@ def softmax_fwd_kernel(
     labels,  # [P] uint8 or int16
     partial,  # [4, tiles] fp32
     ce_map,  # [P] fp32, or None
-    semeda_map,  # [P] fp32, or None; set to 0, or NaN at bad labels: the layers add to it
+    semeda_map,  # [P] fp32, or None; set to 0, or NaN at bad targets: the layers add to it
     H,
     W,
     tiles_x,
@@ -55,6 +55,7 @@ def softmax_fwd_kernel(
     v_stride_w,
     ignore_index,
     label_smoothing,
+    tolerance,  # of a distribution's sum; 0: it is not looked at
     C: tl.constexpr,
     IN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -101,6 +102,8 @@ def softmax_fwd_kernel(
         goal = read_distribution(
             target, n, y, x, v, t_stride_n, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL
         )
+        fine = (tl.abs(tl.sum(goal, axis=1) - 1.0) < tolerance) & (tl.min(goal, axis=1) > -0.01)
+        bad = v & (fine == 0) & (tolerance > 0)  # a NaN is not fine, and no value above 1 leaves a sum of 1
         smoothed = (1.0 - label_smoothing) * goal + label_smoothing / C
         ce = -tl.sum(weight[None, :] * smoothed * log_p, axis=1)
         ce_weight = tl.where(v, 1.0, 0.0)

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import shapes
+from .advice import Labels, label_advice
 from .capture import untraced
+from .distributions import bad_pixels, check_distribution
 from .native import has_bad_label
 from .plain import void_label
 from .reference import validity
@@ -78,6 +81,19 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
         raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
 
 
+def check_classes(num_classes: int, mode: str, from_binary: str) -> None:
+    """ValueError for a proxy whose number of classes means nothing in a mode.
+
+    Args:
+        from_binary: what to write for one channel.
+    """
+    if mode == "multiclass" and num_classes == 1:
+        raise ValueError(
+            "mode='multiclass' needs at least 2 classes, got 1: a softmax over one channel is 1 everywhere and has a "
+            f"gradient of 0; for one channel with a sigmoid use {from_binary}, with labels 0 and 1"
+        )
+
+
 def check_are_tensors(logits: object, target: object, valid_mask: object) -> None:
     """TypeError for what networks and data loaders give beside tensors, naming the tensor in it."""
     for name, value in (("logits", logits), ("target", target), ("valid_mask", valid_mask)):
@@ -86,10 +102,12 @@ def check_are_tensors(logits: object, target: object, valid_mask: object) -> Non
         remedy = "pass a torch.Tensor"
         if type(value).__module__ == "numpy":
             remedy = f"pass torch.from_numpy({name})"
+        elif type(value).__module__.startswith("PIL."):
+            remedy = f"pass torch.from_numpy(np.array({name}))"
         elif isinstance(getattr(value, "logits", None), Tensor):
             remedy = "pass its .logits"
-        elif isinstance(value, dict) and "out" in value:
-            remedy = "pass its ['out']"
+        elif isinstance(value, dict) and (keys := [key for key, item in value.items() if isinstance(item, Tensor)]):
+            remedy = f"pass its [{'out' if 'out' in keys else keys[0]!r}]".replace("[out]", "['out']")
         elif isinstance(value, (tuple, list)):
             remedy = f"pass one of its {len(value)} elements"
         elif isinstance(value, torch.fx.Proxy):
@@ -109,19 +127,26 @@ def check_tensors(
     spec: LossSpec,
 ) -> None:
     """Ranks, shapes, dtypes, devices and requires_grad; reads no data, so it costs no synchronisation."""
-    _check_logits(logits, weights[0].shape[1], spec)
+    _check_logits(logits, target, weights[0].shape[1], spec)
     _check_target(logits, target, spec)
     n, h, w = logits.shape[0], *target.shape[-2:]
     if valid is not None:
         if valid.dtype != torch.bool:
-            raise TypeError(f"valid_mask must be a bool tensor (True: the pixel counts), got {valid.dtype}")
+            raise TypeError(
+                f"valid_mask must be a bool tensor (True: the pixel counts), got {valid.dtype}; pass valid_mask.bool()"
+            )
         if tuple(valid.shape) != (n, h, w):
-            raise ValueError(f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}")
+            remedy = "; pass valid_mask.squeeze(1)" if tuple(valid.shape) == (n, 1, h, w) else ""
+            raise ValueError(
+                f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}{remedy}"
+            )
     check_class_weight(class_weight, weights[0].shape[1])
     others = {"target": target, "valid_mask": valid, "weight": class_weight, "the proxy": weights[0]}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != logits.device:
-            remedy = "call criterion.to(logits.device)" if name in ("the proxy", "weight") else "move one of them"
+            remedy = f"pass {name}.to(logits.device)"
+            if name in ("the proxy", "weight"):
+                remedy = "call criterion.to(logits.device)"
             raise ValueError(f"logits are on {logits.device} but {name} is on {tensor.device}; {remedy}")
     for name, tensor in (("target", target), ("weight", class_weight)):
         if tensor is not None and tensor.requires_grad:
@@ -133,27 +158,34 @@ def check_tensors(
         )
 
 
-def _check_logits(logits: Tensor, num_classes: int, spec: LossSpec) -> None:
+def _check_logits(logits: Tensor, target: Tensor, num_classes: int, spec: LossSpec) -> None:
     name = "logits" if spec.from_logits else "probabilities"
     if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+        remedy = ""
+        if logits.is_floating_point():
+            remedy = "; pass logits.float()"
+        elif not logits.is_complex():
+            remedy = "; pass the network's output itself, of which an argmax has no gradient"
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}{remedy}")
     if logits.dim() != 4:
-        hint = "; add a batch dimension with logits.unsqueeze(0)" if logits.dim() == 3 else ""
-        raise ValueError(f"{name} must have the shape [N,C,H,W], got {list(logits.shape)}{hint}")
+        remedy = shapes.logits_rank(logits, target, spec)
+        raise ValueError(f"{name} must have the shape [N,C,H,W], got {list(logits.shape)}; {remedy}")
     if logits.shape[2] == 0 or logits.shape[3] == 0:
         raise ValueError(f"{name} must have H and W of at least 1, got shape {list(logits.shape)}")
+    check_classes(num_classes, spec.mode, "mode='binary' and EdgeProxy.bundled(2)")
     channels = logits.shape[1]
     if spec.mode == "binary":
         if num_classes != 2:
-            raise ValueError(f"mode='binary' needs a proxy with 2 classes, got one with {num_classes}")
+            raise ValueError(
+                f"mode='binary' needs a proxy with 2 classes, got one with {num_classes}; take EdgeProxy.bundled(2)"
+            )
         if channels != 1:
-            hint = "; for two channels use mode='multiclass'" if channels == 2 else ""
-            raise ValueError(f"mode='binary' expects one channel, [N,1,H,W], got {list(logits.shape)}{hint}")
+            remedy = shapes.logits_channels(logits, num_classes, spec)
+            raise ValueError(f"mode='binary' expects one channel, [N,1,H,W], got {list(logits.shape)}; {remedy}")
     elif channels != num_classes:
-        hint = "; for one channel with a sigmoid use mode='binary'" if channels == 1 else ""
+        remedy = shapes.logits_channels(logits, num_classes, spec)
         raise ValueError(
-            f"{name} have {channels} classes (shape {list(logits.shape)}) but the proxy has {num_classes}; "
-            f"build the loss with num_classes={channels} or a proxy for {channels} classes{hint}"
+            f"{name} have {channels} classes (shape {list(logits.shape)}) but the proxy has {num_classes}; {remedy}"
         )
 
 
@@ -170,7 +202,7 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
             expected = f"[{n},1,{h},{w}] or [{n},2,{h},{w}]" if binary else f"[{n},{c},{h},{w}]"
             raise ValueError(
                 f"a floating-point target is a distribution of shape {expected}, got {list(target.shape)}, "
-                f"{target.dtype}; pass labels as integers (target.long()) of shape [{n},{h},{w}]"
+                f"{target.dtype}; {shapes.distribution_shape(target, logits, spec)}"
             )
         return
     if target.dtype not in LABEL_DTYPES:
@@ -180,14 +212,10 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
             f"got {target.dtype}{remedy}"
         )
     if tuple(target.shape) != (n, h, w):
-        hint = ""
-        if target.dim() == 4 and target.shape[1] == 1:
-            hint = "; drop the channel with target.squeeze(1)"
-        elif target.dim() == 3 and target.shape[0] == n:
-            hint = "; pass upsample='bilinear' to have the logits scaled up to the target's size"
+        remedy = shapes.label_shape(target, logits, spec)
         raise ValueError(
             f"labels must have the shape [{n},{h},{w}] for logits of shape {list(logits.shape)}, "
-            f"got {list(target.shape)}{hint}"
+            f"got {list(target.shape)}" + (f"; {remedy}" if remedy else "")
         )
 
 
@@ -205,50 +233,48 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     values, counts = wrong.unique(return_counts=True)
     shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
     n, y, x = bad.nonzero()[0].tolist()
-    hint = (
-        "If 255 marks pixels to ignore, pass ignore_index=255"
-        if 255 in values.tolist() and spec.ignore_index != 255
-        else "One channel is for mode='binary', which has two classes"
-        if num_classes == 1
-        else "Map these pixels to a class or to ignore_index"
-    )
+    seen = target.to(torch.int64)
+    present = (seen if valid is None else seen[valid]).unique().tolist()
+    binary = spec.mode == "binary"
+    advice = label_advice(Labels(present, values.tolist(), num_classes, spec.ignore_index, binary=binary))
     raise ValueError(
         f"target holds labels outside [0, {num_classes}): from {int(values.min())} to {int(values.max())}, "
         f"{wrong.numel()} of {target.numel()} pixels: {shown}; the first at [n={n}, y={y}, x={x}]; "
-        f"ignore_index={spec.ignore_index}. {hint}."
+        f"ignore_index={spec.ignore_index}. {advice}."
     )
 
 
-def check_finite(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
-    """Raise ValueError for NaN or infinite input at valid pixels, or a distribution that is none. Waits."""
-    v, _ = validity(logits, target, valid, spec)
-    _no_nan("logits" if spec.from_logits else "probabilities", logits, v)
-    if not spec.from_logits:
-        _is_distribution("probabilities", logits, v, spec)
+def check_target_values(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
+    """Raise ValueError for labels that are no class, or a soft target that is no distribution. Waits for the device."""
     if target.is_floating_point():
-        _no_nan("target", target, v)
-        _is_distribution("target", target, v, spec)
+        check_distribution("target", target, valid, spec)
+    else:
+        check_labels(logits, target, valid, spec)
 
 
-def _no_nan(name: str, x: Tensor, v: Tensor) -> None:
-    wrong = (x.isnan() | (x == torch.inf)) & v.unsqueeze(1)  # -inf is a class that is ruled out
+def bad_targets(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> Tensor:
+    """[N,H,W] bool: where `check_target_values` would raise."""
+    if target.is_floating_point():
+        return bad_pixels(target, valid, spec)
+    return validity(logits, target, valid, spec)[1]
+
+
+def assertion(x: Tensor, name: str = "target") -> str:
+    """The text of an asynchronous assert, which cannot say what a tensor holds."""
+    kind = "labels that are neither in [0, num_classes) nor ignore_index"
+    if x.is_floating_point():
+        kind = "values that are no distribution over the classes: below 0, above 1, NaN, or of another sum than 1"
+    return f"semeda_fast: {name} with {kind}; run once with validate='always' to see which, and what to do"
+
+
+def check_finite(logits: Tensor, v: Tensor) -> None:
+    """Raise ValueError for NaN or infinite logits at valid pixels, v [N,H,W]. Waits for the device."""
+    wrong = (logits.isnan() | (logits == torch.inf)) & v.unsqueeze(1)  # -inf is a class that is ruled out
     if bool(wrong.any()):
-        n, c, y, h = wrong.nonzero()[0].tolist()
+        n, c, y, x = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{name} hold {int(wrong.sum())} NaN or +inf values at valid pixels, the first at "
-            f"[n={n}, c={c}, y={y}, x={h}]; look for a diverged or overflowed step before the loss"
-        )
-
-
-def _is_distribution(name: str, x: Tensor, v: Tensor, spec: LossSpec) -> None:
-    tolerance = 1e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    wrong = (x < 0) | (x > 1 + tolerance)
-    if not (spec.mode == "binary" and x.shape[1] == 1):
-        wrong = wrong | ((x.sum(dim=1, keepdim=True) - 1).abs() > tolerance)
-    if bool((wrong & v.unsqueeze(1)).any()):
-        raise ValueError(
-            f"{name} must lie in [0, 1] and sum to 1 over the classes at every valid pixel; found values from "
-            f"{float(x.min()):.4g} to {float(x.max()):.4g}; pass logits with from_logits=True, or a softmax"
+            f"logits hold {int(wrong.sum())} NaN or +inf values at valid pixels, the first at "
+            f"[n={n}, c={c}, y={y}, x={x}]; look for a diverged or overflowed step before the loss"
         )
 
 

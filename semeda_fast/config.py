@@ -26,6 +26,7 @@ class FusedConfig:
         sizes: kernel size of each layer, odd.
         check_labels: raise ValueError for a label that is neither a class nor ignore_index.
         upsample: the kernels scale up logits that are smaller than the target; else they have its size.
+        tolerance: how far a soft target's sums may lie from 1 (distributions.py); 0: it is not looked at.
 
     The others are those of LossSpec.
     """
@@ -42,6 +43,7 @@ class FusedConfig:
     per_pixel: bool
     check_labels: bool = False
     upsample: bool = False
+    tolerance: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -50,14 +52,16 @@ class FusedConfig:
         return sum(out * (before * size * size + 1) for before, out, size in pairs)
 
 
-def config_text(weights: Sequence[Tensor], spec: LossSpec, check_labels: bool) -> str:
+def config_text(weights: Sequence[Tensor], spec: LossSpec, check_labels: bool, tolerance: float = 0.0) -> str:
     """The text of a FusedConfig; weights are [K_l, K_{l-1}, k, k]."""
     channels = (int(weights[0].shape[1]), *(int(weight.shape[0]) for weight in weights))
-    return _text(channels, tuple(int(weight.shape[2]) for weight in weights), spec, check_labels)
+    return _text(channels, tuple(int(weight.shape[2]) for weight in weights), spec, check_labels, tolerance)
 
 
 @functools.lru_cache(maxsize=256)
-def _text(channels: tuple[int, ...], sizes: tuple[int, ...], spec: LossSpec, check_labels: bool) -> str:
+def _text(
+    channels: tuple[int, ...], sizes: tuple[int, ...], spec: LossSpec, check_labels: bool, tolerance: float
+) -> str:
     config = FusedConfig(
         channels=channels,
         sizes=sizes,
@@ -71,6 +75,7 @@ def _text(channels: tuple[int, ...], sizes: tuple[int, ...], spec: LossSpec, che
         per_pixel=spec.per_pixel,
         check_labels=check_labels,
         upsample=spec.upsample,
+        tolerance=tolerance,
     )
     return json.dumps(asdict(config))
 

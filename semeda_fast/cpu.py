@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import FusedConfig, config_text, parse_config
+from .distributions import limit_for
 from .fused import FusedOps, Outputs, Problem, Saved, check_exchanged_labels, name_bad_labels, why_not_taken
 from .memory import INPUTS, check_unchanged, facts_of
 from .native import native_info, native_module, place, span
@@ -253,7 +254,9 @@ def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, option
     if weight is not None and not (weight.dtype == torch.float32 and weight.is_contiguous()):
         return None
     weights = parameters[: len(parameters) // 2]
-    return _PreparedCall(inputs, parameters, config_text(weights, spec, options.validate == "auto"), options)
+    check = options.validate == "auto"
+    config = config_text(weights, spec, check, limit_for(inputs.target, check))
+    return _PreparedCall(inputs, parameters, config, options)
 
 
 _SOFT = (torch.float32, torch.bfloat16, torch.float16)

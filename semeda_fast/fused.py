@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import flops
 from .capture import asks_gradient, recorded, untraced, watched
-from .checks import check_labels, validity
+from .checks import assertion, check_labels, validity
 from .config import FusedConfig, config_text, parse_config
+from .distributions import bad_pixels, limit_for, raise_bad_distribution
 from .memory import INPUTS, REMEDY, check_consistent, check_kept, check_unchanged, facts_of
 from .spec import LossSpec, LossTerms
 
@@ -68,28 +69,30 @@ SavedFunction = Callable[[Tensor, Tensor, FusedConfig], Saved]
 
 
 def assert_labels(problem: Problem, bad: Tensor) -> None:
-    """Object to labels that are no class: an asynchronous assert, or on the CPU the error of the checks at once.
+    """Object to a target with labels that are no class, or with soft values that are no distribution.
+
+    An asynchronous assert, or on the CPU the error of the checks at once.
 
     Args:
-        bad: [] int64, how many a kernel has found, on the logits' device.
+        bad: [] int64, how many pixels a kernel has found, on the logits' device.
 
     Raises:
-        ValueError: on the CPU; the text names the labels.
+        ValueError: on the CPU; the text names what they hold.
     """
     if bad.device.type == "cpu":
         if int(bad):
             name_bad_labels(problem)
         return
-    torch._assert_async(
-        bad == 0,
-        "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
-        "run once with validate='always' to see which",
-    )
+    torch._assert_async(bad == 0, assertion(problem.target))
 
 
 def name_bad_labels(problem: Problem) -> None:
-    """Raise the ValueError of the checks for a target that holds labels which are no class."""
-    check_labels(problem.logits, problem.target, problem.valid, _spec_of_labels(problem))
+    """Raise the ValueError of the checks for a target that holds labels which are no class, or no distribution."""
+    target, valid, spec = problem.target, problem.valid, _spec_of_labels(problem)
+    if target.is_floating_point():
+        wrong = bad_pixels(target, valid, spec, problem.config.tolerance)
+        raise_bad_distribution("target", target, valid, wrong, spec)
+    check_labels(problem.logits, target, valid, spec)
 
 
 def _spec_of_labels(problem: Problem) -> LossSpec:
@@ -198,11 +201,12 @@ class FusedOps:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         spec: LossSpec,
-        check_labels: bool,
+        check_target: bool,
     ) -> LossTerms:
         """The terms of `reference.loss_terms`, for arguments that passed its checks."""
         if not torch.compiler.is_compiling() and _has_tangent(logits):
             self._no_forward_mode()
+        config = untraced(config_text, weights, spec, check_target, limit_for(target, check_target))
         if target.is_floating_point() and target.dtype not in _TARGETS:
             target = target.to(torch.float32)  # float8
         graph = recorded()
@@ -216,7 +220,6 @@ class FusedOps:
             flat = torch._C._nn.flatten_dense_tensors(parts)  # the same in one call
         if flat.dtype != torch.float32:
             flat = flat.to(torch.float32)
-        config = untraced(config_text, weights, spec, check_labels)
         inputs = (logits, target, valid, class_weight, flat, config, save)
         if torch._C._len_torch_dispatch_stack():
             flops.announce(self._forward_op, self._backward_op)

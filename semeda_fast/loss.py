@@ -143,6 +143,7 @@ class SemedaLoss(Float32Buffers):
                 "out, or give a proxy for 2 classes"
             )
         weight = class_weights(weight)
+        checks.check_classes(self.proxy.num_classes, mode, "SemedaLoss(mode='binary')")
         checks.check_class_weight(weight, self.proxy.num_classes)
         self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
         for name in ("lambda_ce", "lambda_semeda"):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import backends, checks, reference
 from .capture import untraced, writes_onnx
+from .distributions import bad_pixels, check_distribution
 from .spec import LossSpec, LossTerms
 
 _library = torch.library.Library("semeda_fast", "DEF")
@@ -146,25 +147,37 @@ def _check_values(
     from_logits: bool,
     always: bool,
 ) -> Tensor:
-    """0, after the checks of values: `always` waits for the device and looks at everything.
-
-    Otherwise labels alone are looked at: on the CPU at once, elsewhere by an asynchronous assert.
-    """
+    """0, after `look_at_values`."""
     spec = LossSpec((), (), (), (), (), ignore_index=ignore_index, mode=mode, from_logits=from_logits)
-    if always or logits.device.type == "cpu":
-        checks.check_labels(logits, target, valid, spec)
-    elif not target.is_floating_point():
-        _, bad = checks.validity(logits, target, valid, spec)
-        torch._assert_async(
-            ~bad.any(),
-            "semeda_fast: target holds labels that are neither in [0, num_classes) nor ignore_index; "
-            "run once with validate='always' to see which",
-        )
-    if always:
-        if logits.shape[2:] != target.shape[-2:]:
-            logits = reference.upsampled(logits, target.shape[-2:])
-        checks.check_finite(logits, target, valid, spec)
+    look_at_values(logits, target, valid, spec, always)
     return logits.new_zeros((), dtype=torch.float32)
+
+
+def look_at_values(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec, always: bool) -> None:
+    """Object to what tensors hold: `always` waits for the device and looks at logits, too.
+
+    Otherwise the target alone is looked at, and probabilities in the place of logits: on the CPU at once, elsewhere by
+    an asynchronous assert.
+
+    Raises:
+        ValueError: naming what was found, where, and what to do.
+    """
+    at_once = always or logits.device.type == "cpu"
+    if at_once:
+        checks.check_target_values(logits, target, valid, spec)
+    else:
+        torch._assert_async(~checks.bad_targets(logits, target, valid, spec).any(), checks.assertion(target))
+    if spec.from_logits and not always:
+        return
+    if logits.shape[2:] != target.shape[-2:]:
+        logits = reference.upsampled(logits, target.shape[-2:])
+    v, _ = checks.validity(logits, target, valid, spec)
+    if spec.from_logits:
+        checks.check_finite(logits, v)
+    elif at_once:
+        check_distribution("probabilities", logits, v, spec)
+    else:
+        torch._assert_async(~bad_pixels(logits, v, spec).any(), checks.assertion(logits, "probabilities"))
 
 
 @_check_values.register_fake

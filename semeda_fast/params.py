@@ -69,6 +69,7 @@ def _settings(module: Any, config: FusedConfig) -> Any:
     params.binary = config.mode == "binary"
     params.ignore_index = config.ignore_index
     params.label_smoothing = config.label_smoothing
+    params.soft_tolerance = config.tolerance
     params.tap = TAPS.index(config.tap)
     params.distance = DISTANCES.index(config.distance)
     shapes = zip(config.channels, config.channels[1:], config.sizes, strict=False)

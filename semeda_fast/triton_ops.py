@@ -147,7 +147,7 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
         module = _launches()
         module.run_all(module.forward_launches(_plan(problem), _inputs(problem), buffers, _precision()))
         outputs.take(terms, counts)
-    if config.check_labels and not problem.target.is_floating_point():
+    if config.check_labels:
         assert_labels(problem, counts[1])
 
 

@@ -172,14 +172,6 @@ def test_what_networks_and_loaders_give_beside_tensors(case: Case) -> None:
             criterion(x, y, valid_mask=mask)
 
 
-def test_one_class_is_a_case_for_binary_mode(case: Case) -> None:
-    if case.device != "cpu":
-        pytest.skip("a device-side assert would end the use of the device in this process")
-    logits, target = make_inputs(c=1, num_labels=2, void=0.0)
-    with pytest.raises(ValueError, match="mode='binary'"):
-        SemedaLoss(make_proxy(1), backend=case.backend)(logits, target)
-
-
 CONFIGURATIONS: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"lambda_ce": -1.0}, ValueError, "lambda_ce must be finite and not negative, got -1.0"),
     ({"lambda_semeda": float("inf")}, ValueError, "lambda_semeda must be finite"),

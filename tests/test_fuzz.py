@@ -111,7 +111,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     binary = draw(st.sampled_from([False, False, False, True]))
-    classes = 2 if binary else draw(st.integers(1, 40))
+    classes = 2 if binary else draw(st.integers(2, 40))
     count = draw(st.integers(2, 5))
     widths = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 17])
     layers = tuple((draw(widths), draw(st.sampled_from([3, 3, 3, 1, 5, 7]))) for _ in range(count))

@@ -27,6 +27,7 @@ from triton_checks import (
     check_logits_bwd,
     check_prepare,
     check_saturation,
+    check_soft_softmax,
     check_softmax,
     check_sum,
     check_tile_class,
@@ -77,6 +78,19 @@ SEEDED: dict[tuple[str, Check], dict[str, tuple[str, str]]] = {
         "row of partial sums": ("partial + 2 * tiles + tile", "partial + 3 * tiles + tile"),
         "writes beside the image": ("labels.dtype.element_ty), mask=inside)", "labels.dtype.element_ty))"),
         "bad label unseen": ('ce = tl.where(bad, float("nan"), ce)', "ce = ce * 1.0"),
+    },
+    ("softmax", check_soft_softmax): {
+        "sum of a distribution": ("(tl.abs(tl.sum(goal, axis=1) - 1.0) < tolerance)", "(tl.sum(goal, axis=1) < 1.5)"),
+        "values below 0": (" & (tl.min(goal, axis=1) > -0.01)", ""),
+        "void distributions": ("bad = v & (fine == 0)", "bad = (fine == 0)"),
+        "a tolerance of 0": ("(fine == 0) & (tolerance > 0)", "(fine == 0)"),
+        "a NaN unseen": ("(fine == 0) &", "(tl.abs(tl.sum(goal, axis=1) - 1.0) >= tolerance) &"),
+    },
+    ("geometry", check_soft_softmax): {
+        "values under void": (
+            "q = tl.load(at, mask=real, other=0.0)",
+            "q = tl.load(at, mask=(c < C)[None, :], other=0.0)",
+        ),
     },
     ("target", check_tile_class): {
         "tile at the lower border": ("(y0 + BLOCK_H + reach > H)", "(y0 + BLOCK_H > H)"),

@@ -50,14 +50,24 @@ class Bench:
     """All launches of one loss, with their buffers, none of which has run."""
 
     def __init__(
-        self, kernels: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, **options: Any
+        self,
+        kernels: ModuleType,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        distribution: Tensor | None = None,  # the target, [N,C,H,W], in the place of labels
+        **options: Any,
     ) -> None:
         self.n, self.h, self.w = n, h, w = shape
         config = make_config(channels=CHANNELS, ignore_index=VOID, layer_weights=(1.0, 0.5, 3.0), **options)
-        self.plan = importlib.import_module(f"{kernels.__name__}.plan").make_plan(config, shape, dtype, False)
+        self.plan = importlib.import_module(f"{kernels.__name__}.plan").make_plan(
+            config, shape, dtype, distribution is not None
+        )
         launch = importlib.import_module(f"{kernels.__name__}.launch")
         self.target = torch.randint(0, C, (n, h, w), generator=torch.Generator().manual_seed(1))
         self.target[uniform(n, h, w) < 0.2] = VOID
+        target = self.target if distribution is None else distribution
+        valid = None if distribution is None else self.valid
         self.weights = [randn(k, c, 3, 3, seed=10 + c) / (9 * c) ** 0.5 for c, k in itertools.pairwise(CHANNELS)]
         self.biases = [0.3 * randn(k, seed=20 + k) for k in CHANNELS[1:]]
         flat = torch.cat([tensor.reshape(-1) for tensor in (*self.weights, *self.biases)])
@@ -65,7 +75,7 @@ class Bench:
         # Every other column: strides that no default gets right. exp(200) is infinite, and exp(0) hides exp(-200).
         offset = torch.tensor([200.0, -200.0])[torch.arange(h) % 2][:, None]
         self.logits = (offset + 2 * randn(n, C, h, 2 * w))[:, :, :, ::2]
-        self.inputs = launch.Inputs(self.logits, self.target, None, self.class_weight, flat)
+        self.inputs = launch.Inputs(self.logits, target, valid, self.class_weight, flat)
         self.scales = torch.tensor([0.7]), torch.tensor([1.3])
         with filled_memory():
             codes = torch.empty(self.plan.code_offsets[-1], dtype=torch.uint8)
@@ -174,6 +184,31 @@ def check_softmax(kernels: ModuleType) -> None:
         bench.tile_sums(bad),
     ]
     close(arguments["partial"][:4], torch.stack(sums))
+
+
+def check_soft_softmax(kernels: ModuleType) -> None:
+    """The same for a distribution, whose values are looked at; pixels that hold none are NaN in the sums."""
+    q = torch.softmax(randn(2, C, 5, 33, seed=7), 1)
+    bench = Bench(kernels, (2, 5, 33), distribution=q, tolerance=0.05)
+    at = bench.valid.nonzero()[:60].tolist()
+    wrong = [(0.0, 1.0, 1.0), (0.0,), (-0.02, 1.02), (torch.nan, 1.0), (0.5, 0.56), (torch.inf,), (255.0,), (0.5, 0.44)]
+    right = [(-0.008, 1.008), (0.5, 0.54), (0.5, 0.46), (1.0,)]
+    values = [torch.tensor([*v, *[0.0] * (C - len(v))]) for v in (*wrong, *right)]
+    bad = torch.zeros(2, 5, 33, dtype=torch.bool)
+    for (n, y, x), value, number in zip(at[::5], values, range(len(values)), strict=True):
+        q[n, :, y, x] = value
+        bad[n, y, x] = number < len(wrong)
+    q[(~bench.valid).unsqueeze(1).expand_as(q)] = torch.nan
+    (launch,) = bench.launches("softmax_fwd_kernel")
+    run_guarded(launch)
+    goal = torch.where(bench.valid.unsqueeze(1), q, 0.0)
+    ce = F.cross_entropy(bench.logits.double(), goal.double(), bench.class_weight.double(), reduction="none")
+    sums = [torch.where(bad, torch.nan, ce), bench.valid, bench.valid, bad]
+    close(launch.arguments["partial"][:4], torch.stack([bench.tile_sums(x) for x in sums]))
+    close(launch.arguments["q"], rows(goal, bench.plan.layers[0].in_pad))
+    launch.arguments["tolerance"] = 0.0
+    run_guarded(launch)
+    assert not launch.arguments["partial"][3].any()
 
 
 def check_tile_class(kernels: ModuleType) -> None:
@@ -386,6 +421,6 @@ def check_finish(kernels: ModuleType) -> None:
 
 Check = Callable[[ModuleType], None]
 CHECKS: tuple[Check, ...] = (
-    check_softmax, check_tile_class, check_prepare, check_saturation, check_first_layer, check_hidden_layer,
+    check_softmax, check_soft_softmax, check_tile_class, check_prepare, check_saturation, check_first_layer, check_hidden_layer,
     check_last_layer, check_layer_bwd, check_logits_bwd, check_sum, check_finish,
 )  # fmt: skip

@@ -30,7 +30,7 @@ struct LabelRow {
     std::int16_t* label;  // class, or C for void
     std::int32_t* start;  // first column of the run of equal labels that holds this column
     float* valid;         // 1 or 0
-    std::uint8_t* bad;    // 1 where a valid pixel's label is no class
+    std::uint8_t* bad;    // 1 where a valid pixel's label is no class, or its soft target no distribution
     bool any_void, any_bad;
 };
 
@@ -139,9 +139,23 @@ struct ClassWeights {
     float of(int c) const { return u ? u[c] : 1.0f; }
 };
 
-// One row forward: z (logits, in) becomes p - q (out). ce [width] gets the cross-entropy map.
-inline void forward_row(const LossParams& p, const ClassWeights& cw, const LabelRow& row, int units,
-                        int width, float* z, std::ptrdiff_t pitch, const float* q, float* ce) {
+constexpr float BELOW_ZERO = 1e-2f;  // so far a share of a soft target may lie below 0
+
+// Marks the valid pixels of a unit at column x whose soft target is no distribution. No share below 0 and a
+// sum of 1 leave none above 1; a NaN makes the sum one.
+inline void mark_bad_distributions(LabelRow& row, int x, int end, M16 valid, F16 total, F16 lowest,
+                                   float tolerance) {
+    const M16 sums_up = greater(splat(tolerance), vabs(total - splat(1.0f)));
+    const unsigned wrong = bits(valid) & ~(bits(sums_up) & bits(greater(lowest, splat(-BELOW_ZERO))));
+    if (!(wrong & ((1u << end) - 1u))) return;
+    row.any_bad = true;
+    for (int i = 0; i < end; ++i) row.bad[x + i] = wrong >> i & 1u;
+}
+
+// One row forward: z (logits, in) becomes p - q (out). ce [width] gets the cross-entropy map. Of soft targets
+// row.bad is found here, where they are read.
+inline void forward_row(const LossParams& p, const ClassWeights& cw, LabelRow& row, int units, int width,
+                        float* z, std::ptrdiff_t pitch, const float* q, float* ce) {
     const int classes = p.classes;
     for (int unit = 0; unit < units; ++unit) {
         const int x = unit * UNIT, end = width - x < UNIT ? width - x : UNIT;
@@ -164,11 +178,17 @@ inline void forward_row(const LossParams& p, const ClassWeights& cw, const Label
         F16 maximum = load16(zu);
         for (int c = 1; c < classes; ++c) maximum = vmax(load16(zu + c * pitch), maximum);
         if (q) {
+            F16 total = splat(0.0f), lowest = splat(0.0f);
             for (int c = 0; c < classes; ++c) {
-                const F16 r =
-                    splat(cw.of(c)) * fma(splat(cw.own), load16(q + c * pitch + x), splat(cw.spread));
+                const F16 share = load16(q + c * pitch + x);
+                const F16 r = splat(cw.of(c)) * fma(splat(cw.own), share, splat(cw.spread));
                 smooth = fma(r, maximum - load16(zu + c * pitch), smooth);
                 soft_weight = soft_weight + r;
+                total = total + share;
+                lowest = vmin(share, lowest);
+            }
+            if (p.soft_tolerance > 0.0f) {
+                mark_bad_distributions(row, x, end, valid, total, lowest, p.soft_tolerance);
             }
         } else if (cw.spread > 0.0f) {
             for (int c = 0; c < classes; ++c) {

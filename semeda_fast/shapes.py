@@ -1,0 +1,113 @@
+"""What to do about logits and targets of other shapes than the loss takes: remedies for the messages of `checks`.
+
+Each names the code to write, and `tests/test_advice_shapes.py` runs that code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .advice import BUNDLED_CLASSES
+from .spec import LossSpec
+
+
+def logits_rank(logits: Tensor, target: Tensor, spec: LossSpec) -> str:
+    """For logits that have not four dimensions."""
+    shape = logits.shape
+    if len(shape) == 3 and target.dim() == 3 and (shape == target.shape or spec.mode == "binary"):
+        return (
+            "add the channel with logits.unsqueeze(1)"
+            if spec.mode == "binary"
+            else "for one channel with a sigmoid use mode='binary' and logits.unsqueeze(1)"
+        )
+    if len(shape) == 3:
+        also = " and target.unsqueeze(0)" if target.dim() == 2 or target.is_floating_point() else ""
+        return f"add a batch dimension with logits.unsqueeze(0){also}"
+    if len(shape) == 5:
+        labels = "target.transpose(1, 2).flatten(0, 1)" if target.dim() == 5 else "target.flatten(0, 1)"
+        return f"of a volume [N,C,D,H,W] pass the slices as images, logits.transpose(1, 2).flatten(0, 1) and {labels}"
+    return "the loss sees neighbours, so it takes whole images"
+
+
+def logits_channels(logits: Tensor, num_classes: int, spec: LossSpec) -> str:
+    """For logits of another number of channels than the proxy has classes, or than binary mode takes."""
+    channels, last = logits.shape[1], logits.shape[3]
+    if spec.mode == "binary":
+        if last == 1:
+            return "the channel is the last dimension here: pass logits.permute(0, 3, 1, 2)"
+        folded = "logits.flatten(0, 1).unsqueeze(1) and target.flatten(0, 1).unsqueeze(1)"
+        return f"for classes that exclude each other use mode='multiclass' with num_classes={channels}, for others pass {folded}"
+    if channels == 1:
+        return "for one channel with a sigmoid use mode='binary'"
+    if last == num_classes:
+        return "the classes are the last dimension here: pass logits.permute(0, 3, 1, 2)"
+    if channels > BUNDLED_CLASSES:
+        return f"build the loss with a proxy for {channels} classes, which train_proxy makes"
+    return f"build the loss with num_classes={channels} or a proxy for {channels} classes"
+
+
+def label_shape(target: Tensor, logits: Tensor, spec: LossSpec) -> str:
+    """For integer labels of another shape than [N,H,W], or "" where nothing is known."""
+    n, c, h, w = logits.shape
+    shape = tuple(target.shape)
+    classes = 2 if spec.mode == "binary" else c
+    if len(shape) == 4 and 1 in (shape[1], shape[3]):
+        return f"drop the channel with target.squeeze({1 if shape[1] == 1 else 3})"
+    if len(shape) == 4 and classes in (shape[1], shape[3]):
+        dim = 1 if shape[1] == classes else 3
+        return f"of a one-hot map pass the labels, target.argmax(dim={dim})"
+    if len(shape) == 4 and 3 in (shape[1], shape[3]):
+        return "these look like colours: map each colour to a label first"
+    if shape == (n, h, c) and w == classes:  # an accident of sizes hid it from the channels
+        return "the classes are the last dimension of the logits: pass logits.permute(0, 3, 1, 2)"
+    if shape == (n, w, h):
+        return "height and width are exchanged: pass target.transpose(1, 2)"
+    if shape == (h, w) and n == 1:
+        return "add a batch dimension with target.unsqueeze(0)"
+    if len(shape) < 3 and target.numel() == n * h * w:
+        return f"pass target.reshape({n}, {h}, {w})"
+    if len(shape) == 3 and shape[0] == n and not spec.upsample:
+        return "pass upsample='bilinear' to have the logits scaled up to the target's size"
+    if len(shape) == 3 and shape[0] != n:
+        return f"the batches differ, {n} and {shape[0]} images"
+    return ""
+
+
+def distribution_shape(target: Tensor, logits: Tensor, spec: LossSpec) -> str:
+    """For a floating-point target of another shape than a distribution has."""
+    n, c, h, w = logits.shape
+    shape = tuple(target.shape)
+    binary = spec.mode == "binary"
+    channels = (1, 2) if binary else (c,)
+    if len(shape) == 4 and shape[3] in channels and shape[:3] == (n, h, w):
+        return "the classes are the last dimension here: pass target.permute(0, 3, 1, 2)"
+    if len(shape) == 4 and shape[1] in channels and (shape[0], *shape[2:]) == (n, w, h):
+        return "height and width are exchanged: pass target.transpose(2, 3)"
+    if len(shape) == 4 and shape[1] in channels and shape[0] == n and not spec.upsample:
+        return "pass upsample='bilinear' to have the logits scaled up to the target's size"
+    if binary and shape == (n, h, w):
+        return "add the channel with target.unsqueeze(1)"
+    if len(shape) == 4 and shape[1] == 1:
+        return _float_labels(target, "target.squeeze(1)", spec)
+    if len(shape) == 4 and shape[3] == 1:
+        return _float_labels(target, "target.squeeze(3)", spec)
+    return _float_labels(target, "target", spec) if len(shape) < 4 else f"the network gives {c} channels"
+
+
+def _float_labels(target: Tensor, name: str, spec: LossSpec) -> str:
+    """Labels as floats; what they hold is looked at, since an error is sure."""
+    plain = f"pass labels as integers, {name}.long()"
+    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if type(target) is not Tensor or target.is_meta or watched or torch._C._len_torch_dispatch_stack():
+        return plain
+    values = target.detach().to(torch.float64)
+    known = values[values.isfinite()]
+    if bool((known == known.round()).all()):
+        if known.numel() == values.numel():
+            return plain
+        return f"pass labels as integers, torch.nan_to_num({name}, nan={spec.ignore_index}).long()"
+    scaled = 255 * known
+    if bool(((known >= 0) & (known <= 1) & ((scaled - scaled.round()).abs() < 1e-3)).all()):
+        return f"these are labels / 255, as torchvision's ToTensor makes of them: pass ({name} * 255).round().long()"
+    return "these are no labels: look for an interpolation, masks are resized to the nearest neighbour"
