@@ -34,10 +34,10 @@ def recorded() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch._C._get_dispatch_mode(_PROXY) is not None
-        or torch._ops._get_dispatch_mode_pre_dispatch(_PROXY) is not None
-    )
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(_PROXY) is not None:
+        return True
+    before = torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    return before and torch._ops._get_dispatch_mode_pre_dispatch(_PROXY) is not None
 
 
 def asks_gradient(tensor: Tensor) -> bool:

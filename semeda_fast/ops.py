@@ -73,7 +73,7 @@ def loss_terms(
         upsample=upsample,
     )
     if writes_onnx():
-        backend, validate = _for_onnx(backend, validate)
+        backend, validate = _for_onnx(backend, validate, distance)
     chosen, scaled_by_torch = untraced(_choose, backend, logits, target, valid, class_weight, weights, spec)
     if chosen.upsamples is None:
         spec = spec._replace(upsample=False)
@@ -118,11 +118,11 @@ def _choose(
     return chosen, chosen.upsamples is None or not chosen.upsamples(logits, target)
 
 
-def _for_onnx(backend: str, validate: str) -> tuple[str, str]:
+def _for_onnx(backend: str, validate: str, distance: str) -> tuple[str, str]:
     """The backend and the validation of a call that becomes an ONNX graph, which holds torch's own operators alone.
 
     Raises:
-        ValueError: another was asked for by name.
+        ValueError: another was asked for by name, or a distance that the older exporter does not know.
     """
     if backend not in ("auto", "reference"):
         raise ValueError(
@@ -133,6 +133,11 @@ def _for_onnx(backend: str, validate: str) -> tuple[str, str]:
         raise ValueError(
             "an ONNX graph cannot raise an error for what tensors hold, as validate='always' asks; set "
             "criterion.validate = 'auto' for the export: a label that is no class then makes the result NaN"
+        )
+    if distance == "smooth_l1" and torch.jit.is_tracing():
+        raise ValueError(
+            "torch.onnx.export(dynamo=False) cannot translate torch's smooth_l1_loss, which distance='smooth_l1' takes; "
+            "export with dynamo=True"
         )
     return "reference", "never"
 
