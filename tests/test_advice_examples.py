@@ -11,9 +11,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import data  # noqa: E402
-import options  # noqa: E402
-from test_advice_files import boxes, rewrite  # noqa: E402
+import data
+import options
+from test_advice_files import boxes, rewrite
 
 
 def arguments(root: Path, *more: str) -> list[str]:
@@ -59,4 +59,4 @@ def test_data_with_void_and_little_foreground_is_taken(root: Path) -> None:
 def _validation(args: object) -> list[tuple[Path, Path]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_look_for_foreground", lambda dataset: None)
-        return data.make_datasets(args)[1].pairs  # type: ignore[arg-type, no-any-return]
+        return data.make_datasets(args)[1].pairs
