@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from semeda_fast.advice import FILES, VOID, lost_foreground
 from semeda_fast.proxy.masks import pair_files, read_pair
 
 Pair = tuple[Path, Path]
@@ -166,7 +167,21 @@ def make_datasets(args: Namespace) -> tuple[Pairs, Pairs]:
     for dataset in (train_set, val_set):
         for index in range(0, len(dataset), max(1, len(dataset) // 8)):
             dataset.read(index)
+    if args.num_classes == 2 and args.ignore_index == VOID:
+        _look_for_foreground(train_set)
     return train_set, val_set
+
+
+def _look_for_foreground(dataset: Pairs) -> None:
+    """Binary masks of 0 and 255 lose their foreground where 255 is void; reads masks until one holds a 1."""
+    found: set[int] = set()
+    for index in range(len(dataset)):
+        found |= set(np.unique(dataset.read(index)[1]).tolist())
+        if 1 in found:
+            return
+    if VOID in found:
+        remedy = lost_foreground(VOID, FILES)
+        raise InputError(f"no training mask holds class 1, all {len(dataset)} are of class 0 and void alone{remedy}")
 
 
 def make_loader(

@@ -70,7 +70,9 @@ class Labels(NamedTuple):
 
     @property
     def wide(self) -> str:
-        """The labels in a dtype that holds any void label."""
+        """The labels in a dtype that holds any void label; files keep theirs, which has been written before."""
+        if self.place.files:
+            return self.name
         return f"{self.name}.astype(np.int32)" if self.place.numpy else f"{self.name}.long()"
 
     def option(self, name: str, value: int) -> str:
@@ -124,10 +126,27 @@ class Labels(NamedTuple):
         return f"torch.bucketize({self.name}, torch.tensor({list(levels)}, device={self.name}.device))"
 
 
+def advice_on(
+    labels: Tensor, num_classes: int, ignore_index: int | None, place: Place = CALL, binary: bool = False
+) -> str:
+    """`label_advice` for integer labels of any shape, of which some are neither a class nor ignore_index."""
+    present = [int(v) for v in labels.unique().tolist()]
+    wrong = [v for v in present if v != ignore_index and not 0 <= v < num_classes]
+    return label_advice(Labels(present, wrong, num_classes, ignore_index, place, binary))
+
+
+def lost_foreground(ignore_index: int, place: Place) -> str:
+    """What to say where nothing but one class was found: "" where the void label has nothing to do with it."""
+    if ignore_index != VOID:
+        return ""
+    return f"; with ignore_index=255: {label_advice(Labels([0, VOID], [VOID], 2, None, place))}"
+
+
 def label_advice(labels: Labels) -> str:
     """What most likely went wrong with labels, and what to write; without a full stop."""
     if len(labels.wrong) > MANY:
-        return "So many values look like a photograph or instance numbers, not labels: is it the right map?"
+        where = "folder" if labels.place.files else "map"
+        return f"So many values look like a photograph or instance numbers, not labels: is it the right {where}?"
     special = _binary_mask(labels) or _greys(labels)
     if special:
         return special
@@ -196,17 +215,19 @@ def _one_too_large(labels: Labels, never: Sequence[int]) -> str:
     """For labels up to C itself: they start at 1, or a class is missing."""
     c = labels.num_classes
     void = list(never) or ([labels.ignore_index] if labels.has_void and labels.ignore_index is not None else [])
+    parts = [f"if {c} is a class, {labels.classes(c + 1)}"]
+    if not never:
+        parts.insert(0, f"if {c} marks void, {labels.void([c])}")
     if 0 not in labels.present:
         less = f"{labels.name} - 1"
         code = labels.where(f"{labels.name} == {void[0]}", void[0], less) if void else less
-        shift = f"if labels start at 1 (there is no 0 here), {labels.changed(code)}"
+        parts.insert(0, f"if labels start at 1 (there is no 0 here), {labels.changed(code)}")
     else:
         label = VOID if labels.place.files else -1
         code = labels.where(labels.among(sorted({0, *void})), label, f"{labels.wide} - 1")
         note = labels.option("ignore_index", label)
-        shift = f"if 0 marks void and classes start at 1, {labels.changed(code)} and {note}"
-    as_void = "" if never else f"; if {c} marks void, {labels.void([c])}"
-    return f"{shift}; if {c} is a class, {labels.classes(c + 1)}{as_void}"
+        parts.append(f"if 0 marks void and classes start at 1, {labels.changed(code)} and {note}")
+    return "; ".join(parts)
 
 
 def _more_classes(labels: Labels, others: Sequence[int], beside_void: bool) -> str:

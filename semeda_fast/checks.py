@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import shapes
-from .advice import Labels, label_advice
+from .advice import VOID, advice_on
 from .capture import untraced
 from .distributions import bad_pixels, check_distribution
 from .native import has_bad_label
@@ -234,9 +235,8 @@ def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: Los
     shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
     n, y, x = bad.nonzero()[0].tolist()
     seen = target.to(torch.int64)
-    present = (seen if valid is None else seen[valid]).unique().tolist()
-    binary = spec.mode == "binary"
-    advice = label_advice(Labels(present, values.tolist(), num_classes, spec.ignore_index, binary=binary))
+    seen = seen if valid is None else seen[valid]
+    advice = advice_on(seen, num_classes, spec.ignore_index, binary=spec.mode == "binary")
     raise ValueError(
         f"target holds labels outside [0, {num_classes}): from {int(values.min())} to {int(values.max())}, "
         f"{wrong.numel()} of {target.numel()} pixels: {shown}; the first at [n={n}, y={y}, x={x}]; "
@@ -250,6 +250,25 @@ def check_target_values(logits: Tensor, target: Tensor, valid: Tensor | None, sp
         check_distribution("target", target, valid, spec)
     else:
         check_labels(logits, target, valid, spec)
+
+
+def warn_of_lost_foreground(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
+    """Warn where nothing but class 0 of two is left beside an ignored 255. Waits for the device.
+
+    A batch without foreground is right in many data sets, so it is no error.
+    """
+    two = spec.mode == "binary" or logits.shape[1] == 2
+    one_plane = target.dim() == 3 or target.shape[1] == 1
+    if spec.ignore_index != VOID or not two or not one_plane:
+        return
+    v, _ = validity(logits, target, valid, spec)
+    labels = target.reshape(v.shape)
+    if bool((labels == VOID).any()) and not bool((labels[v] != 0).any()):
+        warnings.warn(
+            "every valid pixel is of class 0 beside pixels of 255, which are ignored: if 255 is the foreground, as in "
+            "binary masks of image files, pass target // 255 and leave ignore_index=255 out",
+            stacklevel=2,
+        )
 
 
 def bad_targets(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> Tensor:

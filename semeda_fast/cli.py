@@ -19,9 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 
 from . import __version__
+from .advice import FILES, VOID, Labels, label_advice, lost_foreground
 from .backends import backend_info
 from .errors import BackendUnavailableError, MissingExtraError, missing_extra
 from .files import atomic_path
@@ -277,6 +279,10 @@ def _inspect(
         title=f"{mask.name}, {'bundled proxy' if proxy is None else proxy.name}",
         overwrite=overwrite,
     )
+    if not result.edges.any():
+        print(
+            f"the mask holds no edge, two classes side by side{lost_foreground(ignore_index, FILES)}", file=sys.stderr
+        )
     print(f"edge F1 of the proxy on this mask: {result.edge_f1:.4f}")
     print(f"SEMEDA term of the damaged prediction, lambda_semeda = 1: {result.mean_semeda:.4f}")
     print(report(result))
@@ -324,13 +330,15 @@ def _parse_temperature(text: str) -> float | str:
 
 def _count_classes(labels: Any, ignore_index: int, path: Path) -> int:
     """Largest label + 1, at least 2."""
-    valid = labels[labels != ignore_index]
-    largest = int(valid.max()) if valid.size else 0
-    if largest == 255:
-        raise ValueError(
-            f"{path} holds the label 255; if that is void, pass --ignore-index 255, otherwise say --num-classes 256"
-        )
-    return max(2, largest + 1)
+    present = [int(v) for v in np.unique(labels)]
+    wrong = [v for v in present if v != ignore_index and not 0 <= v < VOID]  # more than the bundled proxy has, or void
+    count = max([1, *(v for v in present if v != ignore_index and v not in wrong)]) + 1
+    if wrong:
+        advice = label_advice(Labels(present, wrong, count, ignore_index, FILES))
+        if wrong == [VOID] and not advice.startswith("0 and 255"):
+            advice = f"{advice}; if 255 is a class, --num-classes 256"
+        raise ValueError(f"{path} holds {', '.join(map(str, wrong[:5]))}, which may be no class. {advice}.")
+    return count
 
 
 def _chain(proxy: EdgeProxy) -> str:

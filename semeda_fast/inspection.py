@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .advice import ARRAY, advice_on
 from .errors import missing_extra
 from .files import atomic_path
 from .functional import semeda_loss
@@ -113,7 +114,7 @@ def inspect_mask(labels: np.ndarray, proxy: EdgeProxy, *, ignore_index: int = -1
         if low < 0 or high >= proxy.num_classes:
             raise ValueError(
                 f"the mask holds labels from {low} to {high}, the proxy has {proxy.num_classes} classes "
-                f"and ignore_index is {ignore_index}; check both"
+                f"and ignore_index is {ignore_index}. {advice_on(target, proxy.num_classes, ignore_index, ARRAY)}."
             )
     radius = int(proxy.provenance.get("edge_radius", 1))
     edges = edge_labels(target, radius=radius, ignore_index=ignore_index)

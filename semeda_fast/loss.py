@@ -335,8 +335,11 @@ def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes
             "turn an nn.Sequential into one with EdgeProxy.from_sequential(network)"
         )
     if num_classes is not None and num_classes != proxy.num_classes:
+        remedies = [f"train a proxy for {num_classes} classes"]
+        if num_classes < proxy.num_classes:
+            remedies.append(f"cut this one with proxy.slice_classes({num_classes})")
         raise ValueError(
             f"num_classes={num_classes}, but the proxy has {proxy.num_classes} classes; leave num_classes out, "
-            f"train a proxy for {num_classes} classes, or cut this one with proxy.slice_classes({num_classes})"
+            f"{', or '.join(remedies)}"
         )
     return proxy

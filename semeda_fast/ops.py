@@ -174,6 +174,8 @@ def look_at_values(logits: Tensor, target: Tensor, valid: Tensor | None, spec: L
         torch._assert_async(~checks.bad_targets(logits, target, valid, spec).any(), checks.assertion(target))
     if spec.from_logits and not always:
         return
+    if always:
+        checks.warn_of_lost_foreground(logits, target, valid, spec)
     if logits.shape[2:] != target.shape[-2:]:
         logits = reference.upsampled(logits, target.shape[-2:])
     v, _ = checks.validity(logits, target, valid, spec)

@@ -15,7 +15,7 @@ from cpu_budget import Judge, loss_and_grad
 from helpers import VOID, components, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, backends, semeda_loss
+from semeda_fast import EdgeProxy, backends, cpu, semeda_loss
 from semeda_fast.native import native_info, native_module
 from semeda_fast.proxy.record import ProxyLayer
 
@@ -208,6 +208,35 @@ def test_soft_targets(dtype: torch.dtype, tap: str) -> None:
     options["validate"] = "never"
     for distance in DISTANCES:
         check(logits, q, make_proxy(tap=tap), distance=distance, lambda_semeda=1.0, **options)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 33, 2100])  # 2100: strips of columns, whose halos overlap
+@pytest.mark.parametrize("share", [torch.nan, -0.02, 0.94, 1.06, 255.0])
+def test_pixels_without_a_distribution(width: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is marked, in every instruction set, and no other; void ones are not."""
+    classes, height = 5, 9
+    proxy = make_proxy(classes)
+    generator = torch.Generator().manual_seed(width)
+    target = torch.rand(2, classes, height, width, generator=generator)
+    target /= target.sum(dim=1, keepdim=True)
+    wrong = torch.rand(2, height, width, generator=generator) < 0.3
+    wrong[1, -1, -1] = True
+    target[:, :3][wrong.unsqueeze(1).expand(-1, 3, -1, -1)] = 0.0
+    target[:, 3][wrong] = 1 - share if share < 0 else 0.0
+    target[:, 4][wrong] = share
+    valid = torch.rand(2, height, width, generator=generator) < 0.7
+    valid[1, -1, -1] = True
+    logits = torch.randn(target.shape, generator=generator)
+    options: dict[str, Any] = {"valid_mask": valid, "backend": "cpu", "reduction": "none"}
+    for name in instruction_sets():
+        assert native_module().use_instruction_set(name)
+        with pytest.raises(ValueError, match=f"{int((wrong & valid).sum())} of {int(valid.sum())} do not"):
+            semeda_loss(logits, target, proxy, **options)
+        assert torch.isfinite(semeda_loss(logits, target, proxy, **{**options, "valid_mask": valid & ~wrong})).all()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "name_bad_labels", lambda problem: None)
+            marked = components(logits, target, proxy, **options).ce.isnan()
+        assert torch.equal(marked, wrong & valid)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 2])

@@ -184,16 +184,16 @@ def test_hints(tmp_path: Path) -> None:
     void = with_value(tmp_path, 255)
     assert "pass ignore_index=255" in refused(void, num_classes=4)
     assert "pass ignore_index=255" in refused(void, num_classes=4, ignore_index=11)
-    assert "num_classes=4 if the others" in refused(void, "ignore_index=255", num_classes=2)
+    assert "num_classes=4 (--num-classes 4) if the others" in refused(void, "ignore_index=255", num_classes=2)
     eleven = with_value(tmp_path, 4)
     text = refused(eleven, num_classes=4)
     assert "pass ignore_index=4" in text
     assert "num_classes=5" in text
-    assert "start at 1" not in text
+    assert "labels start at 1" not in text
     ones = save(tmp_path / "ones.png", LABELS + 1)
     assert "start at 1" in refused(ones, num_classes=4)
     binary = save(tmp_path / "binary.png", (LABELS > 1).astype(np.uint8) * 255)
-    assert "divide by 255" in refused(binary, "ignore_index=255", num_classes=2)
+    assert "ignore_index=255" not in refused(binary, "Image.fromarray(mask // 255).save(path)", num_classes=2)
     photo = save(tmp_path / "photo.png", np.arange(200, dtype=np.uint8).reshape(10, 20))
     assert "right folder" in refused(photo, num_classes=4)
 

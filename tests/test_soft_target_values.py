@@ -34,7 +34,7 @@ def loss_of(case: Case, classes: int = NUM_CLASSES, **options: Any) -> SemedaLos
     return SemedaLoss(make_proxy(classes), backend=case.backend, **options)
 
 
-def put(value: float) -> Callable[[Tensor], None]:
+def put(value: float) -> Callable[[Tensor], object]:
     """One share is `value`, the sum stays 1."""
 
     def change(pixel: Tensor) -> None:
@@ -44,8 +44,8 @@ def put(value: float) -> Callable[[Tensor], None]:
     return change
 
 
-def fill(*values: float) -> Callable[[Tensor], None]:
-    return lambda pixel: pixel.copy_(torch.tensor([*values, *[0.0] * (NUM_CLASSES - len(values))]))  # type: ignore[func-returns-value]
+def fill(*values: float) -> Callable[[Tensor], object]:
+    return lambda pixel: pixel.copy_(torch.tensor([*values, *[0.0] * (NUM_CLASSES - len(values))]))
 
 
 # What is done to one pixel [C], and what the error says of it.
@@ -73,7 +73,7 @@ def test_one_pixel_that_holds_no_distribution(case: Case, name: str, place: str)
     n, y, x = PLACES[place]
     assert torch.isfinite(loss_of(case)(logits, target))
     change(target[n, :, y, x])
-    with pytest.raises(ValueError, match="must lie in .0, 1. and sum to 1") as caught:
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\] and sum to 1") as caught:
         loss_of(case)(logits, target)
     assert f"1 of {2 * H * W} do not, the first at [n={n}, y={y}, x={x}]: " in str(caught.value)
     assert found in str(caught.value)
@@ -213,12 +213,12 @@ def test_probabilities_in_the_place_of_logits() -> None:
     criterion = SemedaLoss(make_proxy(), ignore_index=255, from_logits=False, backend="reference")
     probabilities = logits.detach().softmax(1)
     assert torch.isfinite(criterion(probabilities, target))
-    with pytest.raises(ValueError, match="probabilities must lie in .*pass from_logits=True"):
+    with pytest.raises(ValueError, match=r"probabilities must lie in .*pass from_logits=True"):
         criterion(logits, target)
     probabilities[(target == 255).unsqueeze(1).expand_as(logits)] = torch.nan
     assert torch.isfinite(criterion(probabilities, target))
     binary = SemedaLoss(mode="binary", from_logits=False, backend="reference")
-    with pytest.raises(ValueError, match="probabilities must lie in .*pass from_logits=True"):
+    with pytest.raises(ValueError, match=r"probabilities must lie in .*pass from_logits=True"):
         binary(3 * torch.ones(1, 1, 4, 4), torch.ones(1, 4, 4).long())
 
 

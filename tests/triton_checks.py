@@ -421,6 +421,6 @@ def check_finish(kernels: ModuleType) -> None:
 
 Check = Callable[[ModuleType], None]
 CHECKS: tuple[Check, ...] = (
-    check_softmax, check_soft_softmax, check_tile_class, check_prepare, check_saturation, check_first_layer, check_hidden_layer,
-    check_last_layer, check_layer_bwd, check_logits_bwd, check_sum, check_finish,
+    check_softmax, check_soft_softmax, check_tile_class, check_prepare, check_saturation, check_first_layer,
+    check_hidden_layer, check_last_layer, check_layer_bwd, check_logits_bwd, check_sum, check_finish,
 )  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from semeda_fast.advice import FILES, Labels, label_advice
 from semeda_fast.errors import MaskFileError
 from semeda_fast.plain import whole_number
 
@@ -239,26 +240,10 @@ def _check_values(mask: NDArray[Any], path: Path, num_classes: int, ignore_index
     if not wrong.any():
         return
     values, counts = np.unique(mask[wrong], return_counts=True)
+    seen = Labels(np.unique(mask).tolist(), values.tolist(), num_classes, ignore_index, FILES)
     listed = _first([f"{v} ({n} pixel{'s' if n > 1 else ''})" for v, n in zip(values, counts, strict=True)])
     allowed = f"0 to {num_classes - 1}" + (f" or ignore_index={ignore_index}" if ignore_index is not None else "")
     raise MaskFileError(
         f"mask file {path} holds values that are no labels: {listed}; expected {allowed} "
-        f"(num_classes={num_classes}). {_hint(mask, values, num_classes)}"
+        f"(num_classes={num_classes}). {label_advice(seen)}."
     )
-
-
-def _hint(mask: NDArray[Any], wrong: NDArray[Any], num_classes: int) -> str:
-    """What most likely went wrong, judging by all values of the mask and by the `wrong` ones (sorted)."""
-    if len(wrong) > 32:
-        return "So many values look like a photograph or instance numbers, not labels: is it the right folder?"
-    largest, only = int(wrong[-1]), len(wrong) == 1
-    if largest == 255 and num_classes <= 2 and set(np.unique(mask).tolist()) <= {0, 255}:
-        return "For a binary mask stored as 0 and 255, divide by 255; if 255 marks void, pass ignore_index=255"
-    if largest == 255:
-        rest = "" if only else f", and num_classes={int(wrong[-2]) + 1} if the others are classes"
-        return f"255 usually marks void: pass ignore_index=255{rest}"
-    if only and largest == num_classes:
-        start = " (or do labels start at 1? then subtract 1)" if not (mask == 0).any() else ""
-        void = f"If {largest} marks void, pass ignore_index={largest}"
-        return f"{void}; if it is a class, num_classes={largest + 1}{start}"
-    return f"Pass num_classes={largest + 1} if these are classes, or ignore_index=... if one marks void"

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..advice import FILES, ITEMS, MASKS, advice_on, lost_foreground
 from ..errors import missing_extra
 from ..reference import not_ignored
+from ..shapes import many_masks, one_mask
 from .edges import edge_labels
 from .masks import MaskFolder, describe_folder
 from .network import EdgeProxy
@@ -163,7 +165,11 @@ def train_proxy(
         if step % 20 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     if int(accelerator.reduce(edge_pixels)) == 0:
-        raise ValueError("the masks hold no edge: no crop has two classes side by side; check num_classes and masks")
+        place = FILES if isinstance(masks, (str, os.PathLike)) else MASKS if isinstance(masks, Tensor) else ITEMS
+        raise ValueError(
+            "the masks hold no edge: no crop has two classes side by side; check num_classes and masks"
+            f"{lost_foreground(ignore_index, place)}"
+        )
 
     trained = _frozen(proxy, cast(_Network, accelerator.unwrap_model(network)))
     quality = edge_quality(trained, val, radius=radius, ignore_index=VOID)
@@ -239,7 +245,8 @@ class _Masks(Dataset[Tensor]):
         if isinstance(source, (str, os.PathLike)):
             source = MaskFolder(source, num_classes=num_classes, ignore_index=ignore_index)
         elif isinstance(source, Tensor) and source.dim() != 3:
-            raise ValueError(f"masks as a tensor must have the shape [M,H,W], got {list(source.shape)}")
+            remedy = many_masks(source.shape)
+            raise ValueError(f"masks as a tensor must have the shape [M,H,W], got {list(source.shape)}; {remedy}")
         elif not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise TypeError(
                 f"masks must be a tensor [M,H,W], a folder or a Dataset with a length, got {type(source).__name__}"
@@ -265,13 +272,18 @@ class _Masks(Dataset[Tensor]):
                 "a Dataset of masks gives masks alone, no (image, mask) pairs"
             ) from error
         if mask.dim() != 2 or mask.numel() == 0 or mask.is_floating_point():
-            raise ValueError(f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}")
+            remedy = one_mask(mask, self.ignore_index)
+            raise ValueError(
+                f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}; {remedy}"
+            )
         valid = not_ignored(mask, self.ignore_index)
         labels = torch.where(valid, mask.long(), 0)
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            place = MASKS if isinstance(self.source, Tensor) else ITEMS
             raise ValueError(
                 f"mask {index} holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to "
-                f"{self.num_classes - 1} or ignore_index={self.ignore_index}; check num_classes and ignore_index"
+                f"{self.num_classes - 1} or ignore_index={self.ignore_index}. "
+                f"{advice_on(mask, self.num_classes, self.ignore_index, place)}."
             )
         result = torch.where(valid, labels, VOID).to(torch.int16)
         size = result.numel() * result.element_size()
