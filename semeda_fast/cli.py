@@ -76,6 +76,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _shown(warnings.showwarning)
+                warnings.simplefilter("always", ProxyWarning)
                 command(*args, debug=debug, **options)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was written", 130, debug)
