@@ -92,14 +92,15 @@ def write_report(run: RunFolder, network: nn.Module, dataset: Pairs, metrics: di
 
 @torch.no_grad()
 def draw_predictions(folder: Path, network: nn.Module, dataset: Pairs, indices: list[int], names: list[str]) -> None:
-    """predictions.png: image, ground truth, prediction, error; predictions/NAME.png: the labels predicted."""
+    """predictions.png: image, ground truth, prediction, error; predictions/NAME.png: the labels."""
     device = next(network.parameters()).device
     (folder / "predictions").mkdir(exist_ok=True)
+    wide = np.uint8 if dataset.num_classes <= 256 else np.uint16  # grey PNGs of 8 or 16 bits
     rows = []
     for index in indices:
         image, mask = dataset.read(index)
         logits: Tensor = network(to_tensor(image)[None].to(device))
-        prediction = logits[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        prediction = logits[0].argmax(dim=0).cpu().numpy().astype(wide)
         name = dataset.pairs[index][1].stem
         with atomic_path(folder / "predictions" / f"{name}.png", overwrite=True) as path:
             Image.fromarray(prediction).save(path)

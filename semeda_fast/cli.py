@@ -11,10 +11,10 @@ import functools
 import importlib.metadata
 import inspect
 import json
-import os
 import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,10 +25,11 @@ import torch
 from . import __version__
 from .advice import FILES, VOID, Labels, label_advice, lost_foreground
 from .backends import backend_info
-from .errors import BackendUnavailableError, MissingExtraError, missing_extra
+from .errors import BackendUnavailableError, MissingExtraError, ProxyWarning, missing_extra
 from .files import atomic_path
 from .proxy.masks import MaskFolder
 from .proxy.network import EdgeProxy
+from .proxy.processes import on_cpu
 from .proxy.training import train_proxy
 
 try:
@@ -75,7 +76,10 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, debug: bool = False, **options: Any) -> None:
         try:
-            command(*args, debug=debug, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = _shown(warnings.showwarning)
+                warnings.simplefilter("always", ProxyWarning)
+                command(*args, debug=debug, **options)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was written", 130, debug)
         except EXPECTED as error:
@@ -85,6 +89,18 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
 
     return run
+
+
+def _shown(others: Callable[..., None]) -> Callable[..., None]:
+    """Shows our own warnings as this command's messages, and leaves the others to `others`."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, ProxyWarning):
+            print(f"semeda-fast: warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *place, **more)
+
+    return show
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -293,15 +309,11 @@ def _join_processes() -> PartialState:
     """Accelerate's view of the processes that were started; train_proxy takes it over."""
     try:
         from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
     except ModuleNotFoundError as error:
         if error.name != "accelerate":
             raise
         raise missing_extra("semeda-fast train-proxy", "accelerate", "cli") from None
-    no_gpu = not (torch.cuda.is_available() or torch.xpu.is_available())
-    # Without a GPU, Accelerate joins several processes only if it is told that they run on CPUs.
-    on_cpu = no_gpu and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=on_cpu())
 
 
 class _Probe(Exception):

@@ -1,4 +1,4 @@
-"""The errors that semeda_fast raises beside ValueError and TypeError.
+"""The errors that semeda_fast raises beside ValueError and TypeError, and its warnings.
 
 Each derives from a built-in class, so code that catches the built-in keeps working.
 """
@@ -20,6 +20,10 @@ class MaskFileError(ValueError):
 
 class MissingExtraError(ImportError):
     """An optional dependency is missing; the text gives the pip command that installs it."""
+
+
+class ProxyWarning(UserWarning):
+    """A proxy was trained, or is about to be, that will be of little use; the text says what to do."""
 
 
 def missing_extra(feature: str, package: str, extra: str) -> MissingExtraError:

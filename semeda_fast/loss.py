@@ -31,10 +31,10 @@ class SemedaLoss(Float32Buffers):
     D_l is the mean distance, over valid pixels, between the proxy's layer-l features of the predicted
     softmax map and of the ground truth, divided by the layer's scale. `semeda_fast.reference` is the definition.
 
-    The module has no parameters and an empty state_dict: no optimizer or checkpoint sees the proxy, and DDP refuses to
-    wrap it, since there is nothing to synchronise; use it unwrapped. `.to(device)` moves it, `.half()` and other casts
-    leave it in fp32, `to_empty()` leaves its values alone. A pickle of it names public classes alone, which
-    `semeda_fast.safe_globals` lists for `torch.load`.
+    The module has no parameters and an empty state_dict: no optimizer or checkpoint sees the proxy. DDP refuses to wrap
+    it, since there is nothing to synchronise, and so does Accelerate's `prepare` with several processes on CPUs; use it
+    unwrapped. `.to(device)` moves it, `.half()` and other casts leave it in fp32, `to_empty()` leaves its values alone.
+    A pickle of it names public classes alone, which `semeda_fast.safe_globals` lists for `torch.load`.
 
     Args:
         proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.

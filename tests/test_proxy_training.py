@@ -22,8 +22,9 @@ from training_fixtures import TINY, Items, same, scenes, weights, write_folder
 import semeda_fast
 from semeda_fast import EdgeProxy, train_proxy
 from semeda_fast.proxy import training
+from semeda_fast.proxy.crops import VOID, Crops
 from semeda_fast.proxy.quality import edge_quality, measure_scales
-from semeda_fast.proxy.training import VOID, _Crops, perturbed
+from semeda_fast.proxy.training import perturbed
 
 # --- learning ---------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ def test_a_seed_decides_everything_bit_for_bit() -> None:
 
 def test_a_crop_depends_on_the_seed_and_its_number_alone() -> None:
     masks = scenes(5, 20).to(torch.int16)
-    crops, other = (_Crops(masks, 50, 8, seed, fill_void=False) for seed in (1, 2))  # type: ignore[arg-type]
+    crops, other = (Crops(masks, 50, 8, seed, fill_void=False) for seed in (1, 2))  # type: ignore[arg-type]
     forwards = [crops[number] for number in range(50)]
     backwards = [crops[number] for number in reversed(range(50))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
@@ -147,7 +148,7 @@ def test_a_crop_depends_on_the_seed_and_its_number_alone() -> None:
 
 def test_crops_come_from_every_place_in_every_mirror_image() -> None:
     mask = torch.arange(5 * 4, dtype=torch.int16).reshape(1, 5, 4)
-    crops = _Crops(mask, 600, 3, 0, fill_void=False)  # type: ignore[arg-type]
+    crops = Crops(mask, 600, 3, 0, fill_void=False)  # type: ignore[arg-type]
     found = {tuple(crop.flatten().tolist()) for crop in (crops[number] for number in range(600))}
     expected = set()
     for top, left in itertools.product(range(3), range(2)):
@@ -159,7 +160,7 @@ def test_crops_come_from_every_place_in_every_mirror_image() -> None:
 
 def test_a_crop_larger_than_its_mask_is_surrounded_by_void() -> None:
     mask = torch.ones(1, 3, 2, dtype=torch.int16)
-    crop = _Crops(mask, 1, 4, 0, fill_void=False)[0]  # type: ignore[arg-type]
+    crop = Crops(mask, 1, 4, 0, fill_void=False)[0]  # type: ignore[arg-type]
     assert crop.dtype == torch.int64
     assert crop.tolist() == [[1, 1, VOID, VOID]] * 3 + [[VOID] * 4]
 
@@ -306,7 +307,7 @@ def test_progress_is_shown_beside_the_output(capfd: pytest.CaptureFixture[str]) 
 SCRIPT = """
 import json, sys
 import torch
-from accelerate import PartialState
+import torch.distributed as dist
 from semeda_fast import train_proxy
 from semeda_fast.proxy import training
 
@@ -328,10 +329,9 @@ try:
     train_proxy(masks, 4, **{**options, "batch_size": 3})
 except ValueError as error:
     message = str(error)
-state = PartialState()
 torch.save(
     {
-        "world": state.num_processes,
+        "world": dist.get_world_size(),
         "message": message,
         "seeds": seeds,
         "weights": proxy.weights + proxy.biases,
@@ -340,7 +340,7 @@ torch.save(
         "quality": proxy.quality,
         "scales": proxy.scales,
     },
-    f"{sys.argv[3]}/{state.process_index}.pt",
+    f"{sys.argv[3]}/{dist.get_rank()}.pt",
 )
 """
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from training_fixtures import TINY, same, scenes, weights
 
 from semeda_fast import EdgeProxy, train_proxy
-from semeda_fast.proxy.training import VOID, _fill_nearest, one_cycle, perturbed, resolve_temperature
+from semeda_fast.proxy.crops import VOID, fill_nearest
+from semeda_fast.proxy.training import one_cycle, perturbed, resolve_temperature
 
 # --- void -------------------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def test_filling_takes_the_nearest_label(share: float) -> None:
     generator = torch.Generator().manual_seed(1)
     mask = torch.randint(0, 5, (15, 18), generator=generator).to(torch.int16)
     mask[torch.rand(mask.shape, generator=generator) < share] = VOID
-    filled = _fill_nearest(mask.clone())
+    filled = fill_nearest(mask.clone())
     assert filled.dtype == mask.dtype
     places = (mask != VOID).nonzero()
     for y, x in itertools.product(range(15), range(18)):
@@ -84,7 +85,7 @@ def test_filling_takes_the_nearest_label(share: float) -> None:
 @pytest.mark.parametrize("value", [VOID, 3])
 def test_filling_leaves_masks_of_void_alone_and_of_no_void_as_they_are(value: int) -> None:
     mask = torch.full((4, 5), value, dtype=torch.int16)
-    assert torch.equal(_fill_nearest(mask), torch.full((4, 5), value, dtype=torch.int16))
+    assert torch.equal(fill_nearest(mask), torch.full((4, 5), value, dtype=torch.int16))
 
 
 def test_crops_of_void_alone_do_no_harm() -> None:

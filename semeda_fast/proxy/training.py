@@ -1,7 +1,7 @@
 """train_proxy: an edge detector trained on ground-truth masks only, then frozen.
 
 After Chen, Dapogny, Cord (2020): the network sees a perturbed one-hot map of a mask and predicts which pixels
-lie at a semantic edge. One process, several, and many nodes run the same code through Accelerate.
+lie at a semantic edge. One process, several, and many nodes run the same code (processes.py).
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..advice import FILES, ITEMS, MASKS, advice_on, lost_foreground
-from ..errors import missing_extra
-from ..reference import not_ignored
-from ..shapes import many_masks, one_mask
+from ..errors import ProxyWarning, missing_extra
+from ..plain import void_label, whole_number
+from ..warn import warn_user
+from .crops import VOID, Crops, check_edges, describe, read_all, split
 from .edges import edge_labels
-from .masks import MaskFolder, describe_folder
 from .network import EdgeProxy
+from .processes import Processes, joined, trained_in_fp32
 from .quality import edge_quality, measure_scales
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-VOID = -1  # the void label inside this module, whatever the caller's ignore_index is
+DEFAULT_STEPS, DEFAULT_NOISE = 1200, 0.1
 AUTO_PEAK = 0.9
-_CACHE_BYTES = 512 * 2**20
+USEFUL_F1 = 0.5  # below it a proxy draws a warning; random weights stay below, and a short training passes it
 
 
 def train_proxy(
     masks: Tensor | str | os.PathLike[str] | Dataset[Any],
     num_classes: int,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     val_masks: Tensor | str | os.PathLike[str] | Dataset[Any] | None = None,
     val_fraction: float = 0.1,
     widths: Sequence[int] = (16, 32),
@@ -49,9 +49,9 @@ def train_proxy(
     layer_weights: Sequence[float] | None = None,
     radius: int = 1,
     void: str = "mask",
-    noise: float = 0.1,
+    noise: float = DEFAULT_NOISE,
     temperature: float | str = "auto",
-    steps: int = 1200,
+    steps: int = DEFAULT_STEPS,
     batch_size: int = 16,
     crop_size: int = 48,
     lr: float = 1e-2,
@@ -69,6 +69,7 @@ def train_proxy(
     Args:
         masks: [M,H,W] integer labels, the path of a folder of mask files, or a Dataset of [H,W] masks.
         num_classes: C; labels are 0..C-1 or ignore_index.
+        ignore_index: the void label; None means -100, which is no label.
         val_masks: held-out masks; default: `val_fraction` of `masks`, drawn by `seed`.
         widths, kernel_size, tap, distance, layer_weights: of the EdgeProxy.
         radius: of the edge labels, in pixels.
@@ -83,37 +84,50 @@ def train_proxy(
         columns: train a universal proxy: its first layer gets this many class columns, and each step deals the
             masks' classes to random ones, so that any of them can stand for any class. The result has
             `columns` classes (cut it with `slice_classes`), and val_masks may use all of them.
-        accelerator: an accelerate.Accelerator to use in place of a new one.
+        accelerator: an accelerate.Accelerator whose device and processes are used; else those that a launcher started,
+            or this process and its GPU. Nothing else of Accelerate counts: the training is in fp32 whatever its mixed
+            precision is, and an Accelerator that the caller makes before or after is not touched.
 
     Returns:
         an EdgeProxy on the CPU, with `scales`, `quality` (edge F1, precision and recall on the held-out
         masks, clean input) and `provenance` (all of the above) filled in.
 
     Raises:
-        ValueError, TypeError: options out of range, masks without edges, labels out of range.
+        ValueError, TypeError: options out of range, masks without edges, labels out of range; before the training.
         MaskFileError, FileNotFoundError: a folder or a file in it cannot be used.
         MissingExtraError: accelerate or tqdm (or Pillow, for a folder) is not installed.
+
+    Warns:
+        ProxyWarning: the masks that judge hold no edge, or the edge F1 is below 0.5; what to do.
     """
     try:
         import accelerate  # noqa: F401
-        from tqdm.auto import tqdm
+        import tqdm  # noqa: F401
     except ImportError as error:
         raise missing_extra("train_proxy", error.name or "accelerate", "train") from error
+    num_classes, ignore_index = whole_number("num_classes", num_classes), void_label(ignore_index)
     if num_classes < 2:
         raise ValueError(f"a proxy tells classes apart: num_classes must be at least 2, got {num_classes}")
     if void not in ("mask", "nearest"):
         raise ValueError(f"void must be 'mask' or 'nearest', got {void!r}")
+    steps, batch_size, crop_size, radius, seed = (
+        whole_number(name, value)
+        for name, value in (
+            ("steps", steps), ("batch_size", batch_size), ("crop_size", crop_size), ("radius", radius), ("seed", seed),
+        )
+    )  # fmt: skip
     for name, value in (("steps", steps), ("batch_size", batch_size), ("crop_size", crop_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= noise < math.inf or not lr > 0:
         raise ValueError(f"noise must be >= 0 and lr > 0, got {noise} and {lr}")
+    columns = None if columns is None else whole_number("columns", columns)
     if columns is not None and columns < num_classes:
         raise ValueError(f"columns must be at least num_classes={num_classes}, got {columns}")
     heat = resolve_temperature(temperature, num_classes)
     all_classes = columns or num_classes
 
-    train, val, held_out = _split(masks, val_masks, num_classes, all_classes, ignore_index, val_fraction, seed)
+    train, val, held_out = split(masks, val_masks, num_classes, all_classes, ignore_index, val_fraction, seed)
     proxy = EdgeProxy(
         all_classes,
         widths,
@@ -123,78 +137,115 @@ def train_proxy(
         layer_weights=layer_weights,
         seed=seed,
     )
-    accelerator = accelerator or _new_accelerator()
-    if batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of the {accelerator.num_processes} processes it is dealt to"
+    recipe = _Recipe(num_classes, columns, radius, noise, heat, steps, batch_size, lr, seed)
+    with joined(accelerator) as processes, trained_in_fp32(processes.device):
+        if batch_size % processes.count:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the {processes.count} processes it is dealt to"
+            )
+        crops = Crops(train, steps * batch_size, crop_size, seed, fill_void=void == "nearest")
+        # What would be found out last is looked at before the training: bad masks among the held-out ones, too.
+        measurable = read_all(val, radius)
+        check_edges(crops, train, radius)
+        judges = "held-out masks" if held_out else "training masks (none was held out)"
+        if not measurable and processes.is_main:
+            warn_user(
+                f"the {judges} hold no edge, so the proxy's edge F1 will be 0 whatever it learns; give val_masks with "
+                "edges, or another seed or val_fraction",
+                ProxyWarning,
+            )
+        started = time.perf_counter()
+        network = _fit(_Network(proxy), crops, recipe, processes, progress)
+        trained = _frozen(proxy, network)
+        quality: dict[str, Any] = edge_quality(trained, val, radius=radius, ignore_index=VOID)
+        if measurable and quality["edge_f1"] < USEFUL_F1 and processes.is_main:
+            remedies = [
+                *([f"train longer (steps is {steps})"] if steps < DEFAULT_STEPS else []),
+                *([f"leave temperature at 'auto' (it is {temperature})"] if temperature != "auto" else []),
+                *([f"take less noise (it is {noise})"] if noise > DEFAULT_NOISE else []),
+                f"try another lr (it is {lr})",
+            ]
+            warn_user(
+                f"the proxy finds the edges of the {judges} with an F1 of {quality['edge_f1']:.4f} only (1 is best), "
+                f"so the loss would compare features that know little of edges; {', '.join(remedies)}, or look with "
+                "`semeda-fast inspect` at what it sees",
+                ProxyWarning,
+            )
+        return trained.annotated(
+            scales=measure_scales(trained, val, ignore_index=VOID),
+            quality={**quality, "held_out": held_out},
+            provenance={
+                "trained": True,
+                "masks": describe(masks),
+                "val_masks": f"{val_fraction} of masks" if val_masks is None else describe(val_masks),
+                "columns": columns,
+                "mask_count": len(train),  # type: ignore[arg-type]
+                "edge_radius": radius,
+                "void": void,
+                "noise": noise,
+                "temperature": heat,
+                "steps": steps,
+                "batch_size": batch_size,
+                "crop_size": crop_size,
+                "lr": lr,
+                "seed": seed,
+                "seconds": round(time.perf_counter() - started, 1),
+                "torch": torch.__version__,
+            },
         )
-    crops = _Crops(train, steps * batch_size, crop_size, seed, fill_void=void == "nearest")
-    split = getattr(accelerator, "split_batches", False)
-    per_loader = batch_size if split else batch_size // accelerator.num_processes
-    network: nn.Module = _Network(proxy)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    # A generator of its own: without one, a DataLoader draws a seed from the global random state.
-    loader = DataLoader(crops, per_loader, generator=torch.Generator())
-    # What prepare() registers would end up in the caller's save_state(), so it is taken out again.
-    registries = (accelerator._models, accelerator._optimizers, accelerator._dataloaders)
-    counts = [len(registry) for registry in registries]
-    network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
-    for registry, count in zip(registries, counts, strict=True):
-        del registry[count:]
-    generator = torch.Generator(accelerator.device).manual_seed(seed * 1_000_003 + accelerator.process_index)
-    dealer = torch.Generator().manual_seed(seed)  # deals the same columns in every process
 
-    for index in range(len(val)):  # type: ignore[arg-type]
-        val[index]  # they are judged by last: a bad one is to be found before the training
-    started = time.perf_counter()
-    edge_pixels = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    bar = tqdm(loader, total=steps, desc="train proxy", disable=not (progress and accelerator.is_main_process))
-    for step, labels in enumerate(bar):
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a network is trained; the names are those of train_proxy."""
+
+    num_classes: int
+    columns: int | None
+    radius: int
+    noise: float
+    temperature: float
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int
+
+
+def _fit(network: _Network, crops: Crops, recipe: _Recipe, processes: Processes, progress: bool) -> _Network:
+    """Train the network on its device: each process takes its part of each batch, and all step alike."""
+    from tqdm.auto import tqdm
+
+    network = network.to(processes.device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.lr)
+    share = recipe.batch_size // processes.count
+    mine = [
+        step * recipe.batch_size + processes.number * share + number
+        for step in range(recipe.steps)
+        for number in range(share)
+    ]
+    # A generator of its own: without one, a DataLoader draws a seed from the global random state.
+    loader = DataLoader(crops, share, sampler=mine, generator=torch.Generator())
+    generator = torch.Generator(processes.device).manual_seed(recipe.seed * 1_000_003 + processes.number)
+    dealer = torch.Generator().manual_seed(recipe.seed)  # deals the same columns in every process
+    bar = tqdm(loader, total=recipe.steps, desc="train proxy", disable=not (progress and processes.is_main))
+    for step, crop in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = lr * one_cycle(step / steps)
-        edges = edge_labels(labels, radius=radius, ignore_index=VOID)
-        edge_pixels += edges.sum()
-        probs = perturbed(labels, num_classes, noise, heat, generator)
-        dealt = None if columns is None else torch.randperm(columns, generator=dealer)[:num_classes].to(probs.device)
+            group["lr"] = recipe.lr * one_cycle(step / recipe.steps)
+        labels = crop.to(processes.device)
+        edges = edge_labels(labels, radius=recipe.radius, ignore_index=VOID)
+        probs = perturbed(labels, recipe.num_classes, recipe.noise, recipe.temperature, generator)
+        dealt = None
+        if recipe.columns is not None:
+            dealt = torch.randperm(recipe.columns, generator=dealer)[: recipe.num_classes].to(processes.device)
         loss = F.cross_entropy(
             network(probs, dealt), torch.where(labels == VOID, VOID, edges.long()), ignore_index=VOID
         )
         optimizer.zero_grad()
-        accelerator.backward(loss)
+        loss.backward()
+        processes.average(network.parameters())
         optimizer.step()
         if step % 20 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    if int(accelerator.reduce(edge_pixels)) == 0:
-        place = FILES if isinstance(masks, (str, os.PathLike)) else MASKS if isinstance(masks, Tensor) else ITEMS
-        raise ValueError(
-            "the masks hold no edge: no crop has two classes side by side; check num_classes and masks"
-            f"{lost_foreground(ignore_index, place)}"
-        )
-
-    trained = _frozen(proxy, cast(_Network, accelerator.unwrap_model(network)))
-    quality = edge_quality(trained, val, radius=radius, ignore_index=VOID)
-    return trained.annotated(
-        scales=measure_scales(trained, val, ignore_index=VOID),
-        quality={**quality, "held_out": held_out},
-        provenance={
-            "trained": True,
-            "masks": describe(masks),
-            "val_masks": f"{val_fraction} of masks" if val_masks is None else describe(val_masks),
-            "columns": columns,
-            "mask_count": len(train),  # type: ignore[arg-type]
-            "edge_radius": radius,
-            "void": void,
-            "noise": noise,
-            "temperature": heat,
-            "steps": steps,
-            "batch_size": batch_size,
-            "crop_size": crop_size,
-            "lr": lr,
-            "seed": seed,
-            "seconds": round(time.perf_counter() - started, 1),
-            "torch": torch.__version__,
-        },
-    )
+    return network
 
 
 def resolve_temperature(temperature: float | str, num_classes: int) -> float:
@@ -215,7 +266,9 @@ def perturbed(labels: Tensor, num_classes: int, noise: float, temperature: float
     """softmax((onehot + noise * N(0, 1)) / temperature) of labels [N,H,W], zero at void: [N,C,H,W] fp32."""
     n, h, w = labels.shape
     valid = labels != VOID
-    x = torch.empty((n, num_classes, h, w), device=labels.device).normal_(0.0, noise, generator=generator)
+    x = torch.empty((n, num_classes, h, w), dtype=torch.float32, device=labels.device).normal_(
+        0.0, noise, generator=generator
+    )
     x.scatter_add_(1, torch.where(valid, labels, 0).unsqueeze(1), torch.ones_like(x[:, :1]))
     # In place: with 256 classes each copy of x costs as much as the network's own pass.
     return torch.softmax(x.div_(temperature), dim=1).mul_(valid.unsqueeze(1))
@@ -226,153 +279,6 @@ def one_cycle(progress: float) -> float:
     if progress < 0.1:
         return 0.1 + 9 * progress
     return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
-
-
-def describe(masks: object) -> str:
-    """What the masks are, for the provenance; a folder by its last two names, not by its full path."""
-    if isinstance(masks, (str, os.PathLike)):
-        return describe_folder(masks)
-    if isinstance(masks, Tensor):
-        return f"tensor {list(masks.shape)}"
-    return getattr(masks, "description", type(masks).__name__)
-
-
-class _Masks(Dataset[Tensor]):
-    """Any source of masks as int16 [H,W] with VOID for void; checked, and kept in memory while that is small."""
-
-    def __init__(self, source: Any, num_classes: int, ignore_index: int) -> None:
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        if isinstance(source, (str, os.PathLike)):
-            source = MaskFolder(source, num_classes=num_classes, ignore_index=ignore_index)
-        elif isinstance(source, Tensor) and source.dim() != 3:
-            remedy = many_masks(source.shape)
-            raise ValueError(f"masks as a tensor must have the shape [M,H,W], got {list(source.shape)}; {remedy}")
-        elif not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
-            raise TypeError(
-                f"masks must be a tensor [M,H,W], a folder or a Dataset with a length, got {type(source).__name__}"
-            )
-        if len(source) == 0:
-            raise ValueError("there is no mask to train on: masks is empty")
-        self.source = source
-        self.cache: dict[int, Tensor] = {}
-        self.free = _CACHE_BYTES
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index in self.cache:
-            return self.cache[index]
-        item = self.source[index]
-        try:
-            mask = torch.as_tensor(item)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(
-                f"mask {index} must be integer labels [H,W], got {type(item).__name__}; "
-                "a Dataset of masks gives masks alone, no (image, mask) pairs"
-            ) from error
-        if mask.dim() != 2 or mask.numel() == 0 or mask.is_floating_point():
-            remedy = one_mask(mask, self.ignore_index)
-            raise ValueError(
-                f"mask {index} must be integer labels [H,W], got {list(mask.shape)}, {mask.dtype}; {remedy}"
-            )
-        valid = not_ignored(mask, self.ignore_index)
-        labels = torch.where(valid, mask.long(), 0)
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            place = MASKS if isinstance(self.source, Tensor) else ITEMS
-            raise ValueError(
-                f"mask {index} holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to "
-                f"{self.num_classes - 1} or ignore_index={self.ignore_index}. "
-                f"{advice_on(mask, self.num_classes, self.ignore_index, place)}."
-            )
-        result = torch.where(valid, labels, VOID).to(torch.int16)
-        size = result.numel() * result.element_size()
-        if size <= self.free:
-            self.free -= size
-            self.cache[index] = result
-        return result
-
-
-class _Subset(Dataset[Tensor]):
-    """Some masks of a _Masks."""
-
-    def __init__(self, masks: Dataset[Tensor], indices: list[int]) -> None:
-        self.masks, self.indices = masks, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.masks[self.indices[index]]
-
-
-class _Crops(Dataset[Tensor]):
-    """Random crops with flips, int64; crop i depends only on (seed, i), whoever asks for it."""
-
-    def __init__(self, masks: Dataset[Tensor], length: int, size: int, seed: int, *, fill_void: bool) -> None:
-        self.masks, self.length, self.size, self.seed, self.fill_void = masks, length, size, seed, fill_void
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index >= self.length:
-            raise IndexError(index)
-        # Not a torch.Generator, which drops all but the low 32 bits of a seed such as (seed << 32) + index.
-        rng = np.random.default_rng((self.seed & 0xFFFF_FFFF_FFFF_FFFF, index))
-
-        def draw(below: int) -> int:
-            return int(rng.integers(below))
-
-        mask = self.masks[draw(len(self.masks))]  # type: ignore[arg-type]
-        size = self.size
-        top, left = (draw(max(1, extent - size + 1)) for extent in mask.shape)
-        crop = mask[top : top + size, left : left + size]
-        if self.fill_void:
-            crop = _fill_nearest(crop)
-        if draw(2):
-            crop = crop.flip(1)
-        if draw(2):
-            crop = crop.flip(0)
-        # Masks smaller than a crop are surrounded by void, which the loss shows as zeros, like its padding.
-        full = torch.full((size, size), VOID, dtype=torch.int64)
-        full[: crop.shape[0], : crop.shape[1]] = crop
-        return full
-
-
-def _fill_nearest(mask: Tensor) -> Tensor:
-    """Void pixels take the label of the nearest valid pixel (Euclidean); a mask of void alone stays as it is."""
-    try:
-        from scipy.ndimage import distance_transform_edt
-    except ImportError as error:
-        raise missing_extra("void='nearest'", "scipy", "train") from error
-    void = mask == VOID
-    if not bool(void.any()) or bool(void.all()):
-        return mask
-    rows, columns = distance_transform_edt(void.numpy(), return_distances=False, return_indices=True)
-    return mask[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
-
-
-def _split(
-    masks: Any,
-    val_masks: Any,
-    num_classes: int,
-    val_classes: int,
-    ignore_index: int,
-    val_fraction: float,
-    seed: int,
-) -> tuple[Dataset[Tensor], Dataset[Tensor], bool]:
-    """Training masks, validation masks, and whether the latter were held out."""
-    train = _Masks(masks, num_classes, ignore_index)
-    if val_masks is not None:
-        return train, _Masks(val_masks, val_classes, ignore_index), True
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
-    held = min(len(train) - 1, math.ceil(val_fraction * len(train)))
-    if held == 0:
-        return train, train, False
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _Subset(train, sorted(order[held:])), _Subset(train, sorted(order[:held])), True
 
 
 class _Network(nn.Module):
@@ -403,16 +309,4 @@ def _frozen(proxy: EdgeProxy, network: _Network) -> EdgeProxy:
         tap=proxy.tap,
         distance=proxy.distance,
         layer_weights=proxy.layer_weights,
-    )
-
-
-def _new_accelerator() -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
-
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    return Accelerator(
-        # Without a GPU, Accelerate joins several processes only if it is told that they run on CPUs.
-        cpu=started > 1 and not (torch.cuda.is_available() or torch.xpu.is_available()),
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
