@@ -185,7 +185,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {known}, got {name!r}")
     reason = _registry[name].why_unavailable()
     if reason is not None:
-        instead = "" if "use backend=" in reason else "; or use backend='auto' or 'reference'"
+        instead = "" if "use backend=" in reason else "; use backend='auto' or 'reference' meanwhile"
         raise BackendUnavailableError(f"backend {name!r} is not available: {reason}{instead}")
 
 
