@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from . import machine
-from .contenders import contenders, fused_names
+from .contenders import contenders, why_no_subject
 from .report import compare, page, report
 from .suite import plans, runner
 
@@ -103,11 +103,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
     if options.list:
         _list(chosen, options.device)
         return 0
+    if reason := why_no_subject(options.device):
+        raise ValueError(reason)
     folder = options.output or DEFAULT_OUTPUT / options.set
     limit = options.limit or (plans.QUICK_LIMIT if options.set == "quick" else None)
     run = runner.new_run(options.set, command, options.device, threads)
-    if not fused_names(options.device):
-        print("no backend but the reference can run here: baselines only", file=sys.stderr)
     code = 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the worker is ended, results are kept
     try:

@@ -8,22 +8,24 @@ files and comparisons hold those. With --benchmark-disable each contender is che
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from . import machine, oracle
-from .contenders import NOT_INDUCTOR, Contender, contenders, upsampling
+from .contenders import NOT_INDUCTOR, Contender, contenders, upsampling, why_no_subject
 from .networks import NETWORKS
 from .report import tables
 from .report.report import labels_text
-from .suite import runner
+from .suite import limits, runner
 from .suite.groups import Group
 from .suite.plans import WARMUP, Case, Plan, step_case
 from .suite.steps import Training
 from .workloads import Inputs, make_inputs
+
+_FINAL = ("ok", "wrong", "failed")  # of a contender in a run that did not come to its end
 
 
 class ReplayTimer:
@@ -42,32 +44,67 @@ class ReplayTimer:
         return 0.0 if self._running else self._samples.pop()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """End at once where nothing could be measured but the baselines."""
+    if reason := why_no_subject():
+        raise pytest.UsageError(f"pytest benchmarks/: {reason}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the time of a measurement to the limits of its steps: a test's would be that of its whole group."""
+    if not config.getoption("benchmark_disable", False):
+        for item in items:
+            if isinstance(item, pytest.Function) and "replay" in item.fixturenames:
+                item.add_marker(pytest.mark.timeout(0))
+
+
 class Measurements:
     """The groups measured so far in this session; a group is measured when its first test asks for it."""
 
     def __init__(self, session: pytest.Session) -> None:
         self.session = session
         self.groups: dict[str, dict[str, tables.Record]] = {}
+        self.problems: dict[str, dict[str, str]] = {}  # group -> contender -> why there is no result
         self._inputs: dict[str, tuple[Inputs, oracle.Oracle]] = {}
         self._training: dict[str, tuple[Training, oracle.Oracle]] = {}
 
     def record(self, group: Group, contender: str) -> tables.Record:
         """The result of one contender, with the samples of the run that all of the group took part in."""
         if group.name not in self.groups:
-            self.groups[group.name] = self._measure(group)
+            self._measure(group)
+        if problem := self.problems[group.name].get(contender):
+            pytest.fail(f"{group.name}: {problem}", pytrace=False)
         return self.groups[group.name][contender]
 
-    def _measure(self, group: Group) -> dict[str, tables.Record]:
-        names = tuple(name for name in group.contenders if name in self._selected(group))
+    def _measure(self, group: Group) -> None:
+        """Measure a group; a contender that takes more than its time is left out, and the others begin anew."""
+        names = [name for name in group.contenders if name in self._selected(group)]
+        problems = self.problems.setdefault(group.name, {})
+        records: list[tables.Record] = []
+        while names:
+            records, problem, overrun = runner.run_worker(self._plan(group, names), say=self._say)
+            if overrun is None or overrun.contender not in names:
+                done = {record["contender"] for record in records if not problem or record["status"] in _FINAL}
+                problems |= {name: problem for name in names if name not in done}
+                break
+            problems[overrun.contender] = problem
+            names.remove(overrun.contender)
+        self.groups[group.name] = {record["contender"]: record for record in records if record["contender"] in names}
+
+    def _plan(self, group: Group, names: Sequence[str]) -> Plan:
         threads, warmup = machine.available_cores(), WARMUP[group.allocator]
         if group.network:
-            case = replace(step_case(group.network, group.workload, threads, group.budget), contenders=names)
+            case = replace(step_case(group.network, group.workload, threads, group.budget), contenders=tuple(names))
         else:
-            case = Case("time", group.name, threads, group.workload, names, group.mode, group.budget, warmup)
-        records, problem = runner.run_worker(Plan(group.name, (case,), group.allocator))
-        if problem:
-            raise RuntimeError(f"{group.name}: {problem}")
-        return {record["contender"]: record for record in records}
+            case = Case("time", group.name, threads, group.workload, tuple(names), group.mode, group.budget, warmup)
+        return Plan(group.name, (case,), group.allocator)
+
+    def _say(self, step: limits.Step) -> None:
+        """Show a step at once: what a test prints is kept back until it has failed."""
+        plugins = self.session.config.pluginmanager
+        with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+            plugins.getplugin("terminalreporter").ensure_newline()
+            plugins.getplugin("terminalreporter").write_line(f"  {step}")
 
     def _selected(self, group: Group) -> set[str]:
         """What -k and the like left of a group, so that nothing else is compiled and run."""
@@ -177,6 +214,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     )
     for name, records in found.groups.items():
         listed = list(records.values())
+        if not listed:
+            continue
         terminalreporter.write_line("")
         labels = labels_text(listed[0]["labels"]) if "labels" in listed[0] else ""
         terminalreporter.write_line(f"{name}: {listed[0]['workload_name']}. {labels}")

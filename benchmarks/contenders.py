@@ -72,6 +72,16 @@ def fused_names(device: str = "cpu") -> tuple[str, ...]:
     return tuple(name for name in names if name != "reference" and device not in backends.get(name).by_name_on)
 
 
+def why_no_subject(device: str = "cpu") -> str:
+    """Why nothing is there to measure on that device type, and what to do; "" where a fused backend can run."""
+    if fused_names(device):
+        return ""
+    missing = [backends.get(name) for name in backends.names() if name != "reference"]
+    wanted = [b for b in missing if device in b.devices and device not in b.by_name_on] or missing
+    reasons = "; ".join(f"{b.name}: {b.why_unavailable()}" for b in wanted)
+    return f"no backend but the reference can run on {device!r} here, so there is nothing to measure. {reasons}"
+
+
 def criterion(inputs: Inputs, backend: str, *, validate: str = "auto", upsample: str | None = None) -> SemedaLoss:
     """The loss of a workload on one backend, on the inputs' device."""
     loss = SemedaLoss(

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,7 @@ def interleaved(
     warmup: int = 2,
     seed: int = 0,
     queued: bool = False,
+    watch: Any = None,
 ) -> dict[str, Samples]:
     """Round-robin over all steps, in a fresh random order each round, after a warm-up of each.
 
@@ -79,11 +81,17 @@ def interleaved(
     Args:
         queued: on CUDA, keep the device waiting until the host has queued the whole step, so that gaps in which the
             device waits for Python are not counted; False times an idle device, gaps included.
+        watch: a `limits.Watch`, told of each call of the warm-up and of each round.
     """
     names = list(steps)
     for _ in range(warmup):  # in turns too: a heap that keeps its pages grows until it fits this order of requests
         for name in names:
+            if watch is not None:
+                watch.warming(name)
+            start = time.perf_counter()
             steps[name]()
+            if watch is not None:
+                watch.warmed(name, time.perf_counter() - start)
     if not names:
         return {}
     order = random.Random(seed)
@@ -100,6 +108,8 @@ def interleaved(
         while rounds < budget.max_rounds:
             if rounds >= budget.min_rounds and time.perf_counter() - start >= budget.seconds:
                 break
+            if watch is not None:
+                watch.round(rounds + 1)
             for name in order.sample(names, len(names)):
                 before = minor_faults()
                 seconds[name].append(timed[name](steps[name]))

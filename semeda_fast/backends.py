@@ -123,7 +123,8 @@ class BackendInfo:
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]).rstrip() for row in rows]
         lines.append("auto: " + ", ".join(f"{device} -> {name}" for device, name in self.auto.items()))
-        lines.extend(f"fell back to reference: {reason}" for reason in self.fallbacks)
+        shown = {status.reason: f"{status.name} is not available" for status in self.backends}
+        lines.extend(f"fell back to reference: {shown.get(reason, reason)}" for reason in self.fallbacks)
         lines.extend(f"fell back to another fused backend: {reason}" for reason in self.failures)
         return "\n".join(lines)
 
@@ -185,7 +186,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {known}, got {name!r}")
     reason = _registry[name].why_unavailable()
     if reason is not None:
-        instead = "" if "use backend=" in reason else "; or use backend='auto' or 'reference'"
+        instead = "" if "use backend=" in reason else "; use backend='auto' or 'reference' meanwhile"
         raise BackendUnavailableError(f"backend {name!r} is not available: {reason}{instead}")
 
 

@@ -136,7 +136,7 @@ def _for_onnx(backend: str, validate: str, distance: str) -> tuple[str, str]:
         )
     if distance == "smooth_l1" and torch.jit.is_tracing():
         raise ValueError(
-            "torch.onnx.export(dynamo=False) cannot translate torch's smooth_l1_loss, which distance='smooth_l1' takes; "
+            "torch.onnx.export(dynamo=False) cannot translate torch's smooth_l1_loss, of distance='smooth_l1': "
             "export with dynamo=True"
         )
     return "reference", "never"

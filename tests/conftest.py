@@ -22,7 +22,22 @@ else:  # the reference is judged as fp32, which cuDNN's default would round to 1
 
 import interpreted
 
-from semeda_fast import backends, triton_ops
+from semeda_fast import backends, installation, native, triton_ops
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End at once where the compiled module was forgotten: hundreds of tests would be left out, and the rest green."""
+    if installation.unbuilt_source() and os.environ.get("SEMEDA_FAST_BUILD") != "none":
+        reason = installation.why_missing("_C")
+        raise pytest.UsageError(f"{reason}. `make test` builds it, too; to test pure Python set SEMEDA_FAST_BUILD=none")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What is left out where an install could not compile, at the end, where it is seen."""
+    info = native.native_info()
+    if not info.available:
+        terminalreporter.section("without the CPU kernels")
+        terminalreporter.write_line(f"Their tests were left out: {info.reason}")
 
 
 class Case(NamedTuple):

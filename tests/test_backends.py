@@ -165,7 +165,8 @@ def test_a_wide_proxy_runs_on_the_reference_and_says_so_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         criterion(*make_inputs())
-        SemedaLoss(make_proxy(), ignore_index=VOID)(*make_inputs())
+        if "cpu" in backends.available_names("cpu"):  # else that is another reason
+            SemedaLoss(make_proxy(), ignore_index=VOID)(*make_inputs())
     named = SemedaLoss(make_proxy(widths=(65, 4)), ignore_index=VOID, backend="reference")
     assert torch.equal(wide, named(*make_inputs()))
     backends._fallbacks.clear()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ needs_links = pytest.mark.skipif(os.name != "posix", reason="the environment is 
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The registry as it is where nothing is compiled, in a process that has not warned yet."""
     found = dict(backends._registry)
-    for name in ("cpu", "cuda"):
-        found[name] = dataclasses.replace(found[name], why_unavailable=lambda: MISSING, prepare=None, run=None)
+    for name, reason in (("cpu", MISSING), ("cuda", f"{MISSING} with nvcc")):
+        absent = functools.partial(str, reason)
+        found[name] = dataclasses.replace(found[name], why_unavailable=absent, prepare=None, run=None)
     monkeypatch.setattr(backends, "_registry", found)
     backends._fallbacks.clear()
     backends._changes += 1
@@ -126,6 +127,7 @@ def test_one_warning_at_the_users_line(unbuilt: None, call: Callable[[Tensor, Te
     torch.testing.assert_close(loss, loss_of(backend="reference")(*make_inputs()) if call is not compiled_whole_step
                                else loss_of(backend="reference")(2.0 * make_inputs()[0], make_inputs()[1]))  # fmt: skip
     assert backend_info().fallbacks == (MISSING,)
+    assert str(backend_info()).endswith("fell back to reference: cpu is not available")
 
 
 def test_a_warning_that_is_an_error_names_the_line_and_the_next_call_works(unbuilt: None) -> None:
@@ -138,7 +140,7 @@ def test_a_warning_that_is_an_error_names_the_line_and_the_next_call_works(unbui
 
 def test_the_line_is_found_behind_a_users_decorator(unbuilt: None) -> None:
     def timed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @wraps(function)
+        @functools.wraps(function)
         def run(*arguments: Tensor) -> Tensor:
             return function(*arguments)  # the user's, and it is here that the library is called
 

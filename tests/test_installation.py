@@ -6,13 +6,15 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import installs
 import pytest
-from source_builds import copy_source
+from source_builds import ROOT, copy_source
 
 from semeda_fast import backend_info, cuda_ops, installation, triton_ops
 from semeda_fast.native import CudaInfo, native_info
@@ -169,6 +171,7 @@ def test_a_note_that_is_no_json_is_passed_over(machine: Machine) -> None:
     assert NO_COMPILER in reason("_C", here)
 
 
+@pytest.mark.skipif(installation.unbuilt_source(), reason="this is a source folder that nothing was installed in")
 def test_nothing_is_missing_in_the_copy_at_hand() -> None:
     assert installation.why_missing("kernels") is None
     assert (installation.why_missing("_C") is None) == native_info().available
@@ -212,3 +215,20 @@ def test_parts_of_two_copies_do_not_mix(tmp_path: Path) -> None:
     assert "semeda_fast._C is missing: Python imported the source folder" in native
     if importlib.util.find_spec("triton") is not None:
         assert "semeda_fast.kernels is missing: Python imported the source folder" in kernels
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the environment is made of links")
+@pytest.mark.parametrize("mode", ["", "none"])
+def test_the_tests_of_a_bare_source_folder_end_at_once_with_the_remedy(tmp_path: Path, mode: str) -> None:
+    """Unless pure Python is what is to be tested, and then they say what they leave out."""
+    source = installs.checkout(tmp_path / "source")
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__", "build"))
+    words = "['tests/test_schedule.py', '-p', 'no:cacheprovider', '-q']"
+    script = f"import sys, pytest; sys.path.insert(0, ''); sys.exit(pytest.main({words}))"
+    variables = {"SEMEDA_FAST_BUILD": mode, "SEMEDA_FAST_CUDA_EMULATION": ""}
+    done = installs.run_script(script, source, tmp_path / "site", installs.others(tmp_path / "o"), **variables)
+    text = done.stdout + done.stderr
+    assert f"source folder {source / 'semeda_fast'}, where nothing is built" in text, text
+    assert f"SEMEDA_FAST_BUILD=cpu python -m pip install -e {source}" in text
+    assert done.returncode == (pytest.ExitCode.OK if mode else pytest.ExitCode.USAGE_ERROR), text
+    assert ("Their tests were left out" in text) == bool(mode)

@@ -25,7 +25,14 @@ if CHROMIUM is None:
     pytest.skip("no Chromium here: apt-get install chromium, or CHROMIUM=its path", allow_module_level=True)
 
 SCREENSHOTS = built_site.ROOT / "build" / "screenshots"
-FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 WIDTHS = {1280: 900, 400: 800}
 # Elements that stick out of the screen without a box of their own that scrolls, to name them.
 STICK_OUT = """() => [...document.querySelectorAll('main *')].filter(element => {

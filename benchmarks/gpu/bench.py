@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import labels, machine
-from ..contenders import fused_names
+from ..contenders import fused_names, why_no_subject
 from ..suite import runner
 from ..suite.plans import Case, Plan, gpu_steps
 from ..timing import Budget
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         print(f"error: no plan matches {options.plans!r}", file=sys.stderr)
         return 2
-    for text in (note, "" if fused else "no backend but the reference can run here: baselines only"):
+    for text in (note, "" if fused else f"baselines only: {why_no_subject('cuda')}"):
         if text:
             print(f"  note: {text}", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worker is ended, results are kept

@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from semeda_fast.files import atomic_path
 
 from .. import machine
+from . import limits
 from .plans import Plan
 
 SCHEMA = 1
@@ -96,22 +97,45 @@ def worker_environment(plan: Plan, base: Mapping[str, str] | None = None) -> dic
     return environment
 
 
-def run_worker(plan: Plan, *, timeout: float | None = None, on_records: Any = None) -> tuple[list[dict[str, Any]], str]:
-    """Measure a plan in a process of its own.
+class Outcome(NamedTuple):
+    """What became of a worker.
 
-    Returns:
-        its records, and "" or why it did not come to its end; records of finished cases are kept in any case.
+    Attributes:
+        records: those of finished cases, and of what the last one had checked.
+        problem: "" or why it did not come to its end.
+        overrun: the step that took more than its time, where that is the reason.
+    """
+
+    records: list[dict[str, Any]]
+    problem: str
+    overrun: limits.Step | None = None
+
+
+def run_worker(
+    plan: Plan, *, timeout: float | None = None, on_records: Any = None, say: limits.Say = limits.show
+) -> Outcome:
+    """Measure a plan in a process of its own; it is stopped where a step takes more than its time.
+
+    Args:
+        timeout: seconds for the whole.
+        on_records: called once with the records, also where this is interrupted.
+        say: called with each step before it begins.
     """
     with tempfile.TemporaryDirectory(prefix="semeda-bench-") as name:
         plan_path, result_path = Path(name) / "plan.json", Path(name) / "result.json"
         plan_path.write_text(json.dumps(plan.to_json()), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.suite.worker", str(plan_path), str(result_path)]
-        process = subprocess.Popen(command, env=worker_environment(plan), stdin=subprocess.DEVNULL)
-        problem = ""
+        process = subprocess.Popen(
+            command, env=worker_environment(plan), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        problem, overrun = "", None
         try:
-            code = process.wait(timeout)
-            problem = "" if code == 0 else f"the worker ended with exit code {code}"
-        except subprocess.TimeoutExpired:
+            overrun = limits.follow(process, say, timeout)
+            if overrun is not None:
+                problem = f"stopped: more than {overrun.seconds:.0f} s of {overrun.what}"
+            elif (code := process.wait()) != 0:
+                problem = f"the worker ended with exit code {code}"
+        except TimeoutError:
             problem = f"stopped after {timeout:.0f} s: the time was up"
         finally:
             if process.poll() is None:
@@ -122,7 +146,7 @@ def run_worker(plan: Plan, *, timeout: float | None = None, on_records: Any = No
             records = json.loads(result_path.read_text(encoding="utf-8")) if result_path.is_file() else []
             if on_records is not None:
                 on_records(records)
-        return records, problem
+        return Outcome(records, problem, overrun)
 
 
 def run_plans(
@@ -153,7 +177,7 @@ def run_plans(
             run.plans.append(entry)
             begun = time.monotonic()
             try:
-                _, problem = run_worker(plan, timeout=left, on_records=run.records.extend)
+                problem = run_worker(plan, timeout=left, on_records=run.records.extend).problem
                 entry.update(state="failed" if problem else "done", problem=problem)
                 complete = complete and not problem
             finally:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +26,28 @@ from ..networks import NETWORKS
 from ..plain import LossFunction
 from ..work import activation_bytes, work_of
 from ..workloads import Inputs, make_inputs
-from . import steps
+from . import limits, steps
+from .limits import Step
 from .plans import Case, Plan
 
 Record = dict[str, Any]
-Keep = Callable[[list[Record]], None]  # called with a case's records so far
 ALONE = timing.Budget(0.0, 5, 5)
+NETWORK_PIXELS = 4  # times the pixels of the loss
 
 
-def run_plan(plan: Plan, *, on_result: Any = None) -> list[Record]:
+class Talk(NamedTuple):
+    """What a case tells while it is measured."""
+
+    keep: Callable[[list[Record]], None]  # its records so far
+    say: limits.Say
+
+
+def run_plan(plan: Plan, *, on_result: Any = None, say: limits.Say = limits.show) -> list[Record]:
     """Measure every case of a plan in this process.
 
     Args:
         on_result: called with all records so far after each contender and each case.
+        say: called with each step before it begins.
 
     Returns:
         the records; a contender that is wrong, refuses or fails has a "status" that says so and no times.
@@ -56,7 +65,7 @@ def run_plan(plan: Plan, *, on_result: Any = None) -> list[Record]:
             if on_result is not None:
                 on_result([*done, *({**about, **record} for record in found)])
 
-        found = MEASURES[case.kind](case, plan, keep)
+        found = MEASURES[case.kind](case, plan, Talk(keep, say))
         records += [{**about, **record} for record in found]
         if on_result is not None:
             on_result(records)
@@ -75,7 +84,8 @@ def _condition(plan: Plan, case: Case) -> Record:
     }
 
 
-def _peaks_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
+def _peaks_case(case: Case, plan: Plan, talk: Talk) -> list[Record]:
+    talk.say(Step(f"{plan.name}: what the machine can do", limits.LEAST + limits.SLACK * case.budget.seconds))
     quick = case.budget.seconds < 1
     return [{"status": "ok", **machine.measure_peaks(plan.device, case.threads, quick=quick)}]
 
@@ -102,9 +112,11 @@ def _facts(case: Case, inputs: Inputs | None) -> Record:
     return facts
 
 
-def _time_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
+def _time_case(case: Case, plan: Plan, talk: Talk) -> list[Record]:
     """Check every contender, then time those that are right in one interleaved run."""
     assert case.workload is not None
+    label, pixels = f"{plan.name}: {case.workload.name} {case.mode}", case.workload.pixels
+    talk.say(_inputs_step(label, pixels))
     inputs = make_inputs(case.workload, plan.device)
     torch.backends.cudnn.benchmark = False  # the oracle's strips have many shapes
     truth = oracle.cached_oracle(inputs, Path(plan.cache) if plan.cache else None)
@@ -112,14 +124,15 @@ def _time_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
         _settle_cuda(case.workload.dtype)
     records: dict[str, Record] = {}
     steps: dict[str, timing.Step] = {}
-    for contender in _chosen(case, plan):
+    chosen = _chosen(case, plan)
+    for number, contender in enumerate(chosen, start=1):
         record = {**_facts(case, inputs), **_about(contender), "group": case.group(plan)}
         records[contender.name] = record
         reason = why_not_run(contender, inputs)
         if reason:
             record.update(status="skipped", reason=reason)
             continue
-        progress(f"{plan.name}: {case.workload.name} {case.mode}: {contender.name}")
+        talk.say(_check_step(f"{label}: {number} of {len(chosen)}", contender, pixels))
         try:
             step = _checked_step(contender, case, plan, inputs, truth, record)
             if step is not None:
@@ -129,13 +142,16 @@ def _time_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
             continue
         if step is not None:
             steps[contender.name] = step
-        keep(list(records.values()))
-    for name, samples in timing.interleaved(steps, case.budget, device=plan.device, warmup=case.warmup).items():
+        talk.keep(list(records.values()))
+    watch = limits.Watch(label, limits.first_calls(chosen, pixels), case.budget, talk.say)
+    run = timing.interleaved(steps, case.budget, device=plan.device, warmup=case.warmup, watch=watch)
+    for name, samples in run.items():
         records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
         records[name].pop("reason", None)
-    keep(list(records.values()))
+    talk.keep(list(records.values()))
     if plan.device == "cuda":
-        for name, samples in timing.interleaved(steps, case.budget, device="cuda", warmup=1, queued=True).items():
+        run = timing.interleaved(steps, case.budget, device="cuda", warmup=1, queued=True, watch=watch)
+        for name, samples in run.items():
             records[name]["queued_seconds"] = samples.seconds
     return list(records.values())
 
@@ -207,7 +223,7 @@ def _saved_per_pixel(function: LossFunction, leaf: Tensor, inputs: Inputs) -> fl
         return None
 
 
-def _step_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
+def _step_case(case: Case, plan: Plan, talk: Talk) -> list[Record]:
     """Check every contender on a network's logits, then time whole training steps in one interleaved run."""
     assert case.workload is not None
     about = {**_facts(case, None), "network": case.network, "title_network": NETWORKS[case.network].title}
@@ -217,6 +233,9 @@ def _step_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     if reason:
         group = case.group(plan)
         return [{**about, **_about(c), "group": group, "status": "skipped", "reason": reason} for c in chosen]
+    # Networks take more than the loss does: a pixel of theirs counts as many.
+    label, pixels = f"{plan.name}: {case.network} {case.workload.name}", NETWORK_PIXELS * case.workload.pixels
+    talk.say(_inputs_step(label, pixels))
     training = steps.Training.of(case.network, case.workload, plan.device, tiny=case.tiny)
     about.update(labels=vars(training.inputs.facts), parameters=training.parameters)
     truth = oracle.compute_oracle(training.inputs)
@@ -227,9 +246,9 @@ def _step_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     records: dict[str, Record] = {}
     todo: dict[str, timing.Step] = {}
     parts: dict[str, list[float]] = {}
-    for contender in chosen:
+    for number, contender in enumerate(chosen, start=1):
         records[contender.name] = record = {**about, **_about(contender), "group": case.group(plan)}
-        progress(f"{plan.name}: {case.network} {case.workload.name}: {contender.name}")
+        talk.say(_check_step(f"{label}: {number} of {len(chosen)}", contender, pixels))
         try:
             function = contender.make(training.inputs, plan.compiler)
             leaf, right = training.leaf(contender.upsamples), small_truth if contender.upsamples else truth
@@ -245,8 +264,10 @@ def _step_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
         into = parts.setdefault(contender.name, [])
         todo[contender.name] = training.parted(function, into, contender.upsamples)
         record.update(stopped(todo[contender.name], "cpu"))  # without a time: a step trains the network
-        keep(list(records.values()))
-    for name, samples in timing.interleaved(todo, case.budget, device=plan.device, warmup=case.warmup).items():
+        talk.keep(list(records.values()))
+    watch = limits.Watch(label, limits.first_calls(chosen, pixels), case.budget, talk.say)
+    run = timing.interleaved(todo, case.budget, device=plan.device, warmup=case.warmup, watch=watch)
+    for name, samples in run.items():
         rounds = len(samples.seconds)
         records[name].update(status="ok", seconds=samples.seconds, faults=samples.faults)
         records[name].pop("reason", None)
@@ -254,14 +275,16 @@ def _step_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
     return list(records.values())
 
 
-def _step_memory_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
+def _step_memory_case(case: Case, plan: Plan, talk: Talk) -> list[Record]:
     assert case.workload is not None
+    pixels = NETWORK_PIXELS * case.workload.pixels
     records = []
     for contender in _chosen(case, plan):
         about = {**_facts(case, None), "network": case.network, "title_network": NETWORKS[case.network].title}
         record = {**about, **_about(contender)}
         records.append(record)
-        progress(f"{plan.name}: memory of a step of {case.network} with {contender.name}")
+        label = f"{plan.name}: memory of a step of {case.network}"
+        talk.say(Step(f"{label} with {contender.name}", limits.preparing(contender, pixels), contender.name))
         reason = NETWORKS[case.network].why_not() or steps.why_not_run(case.workload, plan.device)
         if reason:
             record.update(status="skipped", reason=reason)
@@ -271,8 +294,19 @@ def _step_memory_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
             record.update(status="ok", **vars(peak))
         except Exception as error:
             record.update(**_failure(contender, error))
-        keep(records)
+        talk.keep(records)
     return records
+
+
+def _inputs_step(label: str, pixels: int) -> Step:
+    return Step(
+        f"{label}: inputs, and the reference in float64", limits.LEAST + limits.SLACK * limits.PER_PIXEL * pixels
+    )
+
+
+def _check_step(label: str, contender: Contender, pixels: int) -> Step:
+    what = "compiled and checked" if contender.compiled else "checked"
+    return Step(f"{label}, {contender.name}, is {what}", limits.preparing(contender, pixels), contender.name)
 
 
 def why_not_run(contender: Contender, inputs: Inputs) -> str:
@@ -290,14 +324,16 @@ def why_not_run(contender: Contender, inputs: Inputs) -> str:
     return ""
 
 
-def _memory_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
+def _memory_case(case: Case, plan: Plan, talk: Talk) -> list[Record]:
     assert case.workload is not None
+    talk.say(_inputs_step(plan.name, case.workload.pixels))
     inputs = make_inputs(case.workload, plan.device)
     records = []
     for contender in _chosen(case, plan):
         record = {**_facts(case, inputs), **_about(contender)}
         records.append(record)
-        progress(f"{plan.name}: memory of {contender.name}")
+        seconds = limits.preparing(contender, case.workload.pixels)
+        talk.say(Step(f"{plan.name}: memory of {contender.name}", seconds, contender.name))
         reason = why_not_run(contender, inputs)
         if reason:
             record.update(status="skipped", reason=reason)
@@ -309,7 +345,7 @@ def _memory_case(case: Case, plan: Plan, keep: Keep) -> list[Record]:
             record.update(status="ok", **vars(peak), saved_bytes_per_pixel=_saved_per_pixel(function, leaf, inputs))
         except Exception as error:
             record.update(**_failure(contender, error))
-        keep(records)
+        talk.keep(records)
     return records
 
 
@@ -324,11 +360,6 @@ def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its text."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def progress(text: str) -> None:
-    """Say on stderr what is being done; stdout belongs to results."""
-    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 MEASURES = {
@@ -350,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; 0 also where a contender was wrong, which its record says."""
     plan_path, result_path = (sys.argv[1:] if arguments is None else arguments)[:2]
     plan = Plan.from_json(json.loads(Path(plan_path).read_text(encoding="utf-8")))
-    run_plan(plan, on_result=lambda records: write_records(Path(result_path), records))
+    run_plan(plan, on_result=lambda records: write_records(Path(result_path), records), say=limits.send)
     return 0
 
 
