@@ -38,8 +38,8 @@ test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every tes
 
 # Without a network; a warning is an error, a link that leads nowhere in the site among them.
 docs: $(VENV)/.stamp-docs  ## Build the documentation site: build/docs/index.html
-	$(BIN)/python -m sphinx --builder html --fresh-env --write-all --nitpicky --fail-on-warning --keep-going --quiet \
-	  docs build/docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "The site is in build/docs/index.html"
 
 docs-look: docs  ## Look at every page in Chromium, wide and narrow, light and dark; screenshots in build/screenshots

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("results", type=Path, help="results.json or its folder")
     again.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: the results' folder")
 
-    commands.add_parser("page", help="tables and plots of docs/results.md anew, from benchmarks/results")
+    commands.add_parser("page", help="tables and plots of docs/evidence.md anew, from benchmarks/results")
 
     both = commands.add_parser("compare", help="what got faster or slower between two runs, beyond the noise")
     both.add_argument("old", type=Path)

@@ -58,8 +58,11 @@ html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_use_index = False
+html_domain_indices = False
 html_show_sphinx = False
-html_sidebars = {page: [] for page in ("index", "start", "guarantees", "changelog", "contributing")}
+html_sidebars: dict[str, list[str]] = {page: [] for page in ("index", "start", "guarantees", "changelog", "contributing")}
+html_context = {"default_mode": "auto"}  # said outright: left out, the theme complains in the console
 html_theme_options = {
     "header_links_before_dropdown": 8,
     "navbar_end": ["theme-switcher"],

@@ -34,19 +34,19 @@ PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
 GREY, BLUE, ORANGE, VOID = "#808890", "#4f8fc7", "#d98c3c", 255
 REACH = range(-3, 4)
-STYLE = {
+STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
     "axes.titlecolor": GREY,
     "legend.edgecolor": GREY,
     "legend.framealpha": 0.0,
     "font.size": 11,
     "savefig.transparent": True,
-    "savefig.dpi": 150,
+    "savefig.dpi": 160,
 }
 
 
 def main() -> None:
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
     PICTURES.mkdir(exist_ok=True)
     for draw in (draw_terms, draw_loss, draw_ramp, draw_metrics, draw_gains, draw_cost):
         save(draw(), draw.__name__.removeprefix("draw_"))
@@ -89,10 +89,10 @@ def draw_terms() -> Figure:
         )
         assert isinstance(loss, torch.Tensor)
         maps[name] = loss[0].numpy()
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    figure = Figure(figsize=(6, 4.9), layout="constrained")
     grid = figure.subplots(2, 2)
     show_labels(grid[0, 0], target, "ground truth")
-    show_labels(grid[0, 1], predicted.where(valid, VOID), "a prediction; wrong pixels outlined")
+    show_labels(grid[0, 1], predicted.where(valid, VOID), "a prediction, errors outlined")
     wrong = (valid & (predicted != target)).float().numpy()
     grid[0, 1].contour(wrong, levels=[0.5], colors="black", linewidths=1.0)
     for axes, (name, values) in zip(grid[1], maps.items(), strict=True):
@@ -102,14 +102,14 @@ def draw_terms() -> Figure:
 
 def draw_loss() -> Figure:
     """The computation as boxes."""
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlim=(0, 18.2), ylim=(0.9, 7.1))
+    figure = Figure(figsize=(5.6, 2.6), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 19.2), ylim=(0.9, 7.1))
     axes.axis("off")
 
     def box(x: float, y: float, text: str, colour: str = GREY, wide: float = 3.0) -> None:
-        frame = {"boxstyle": "round,pad=0.1", "fc": "none", "ec": colour, "lw": 1.6}
+        frame: dict[str, Any] = {"boxstyle": "round,pad=0.1", "fc": "none", "ec": colour, "lw": 1.6}
         axes.add_patch(FancyBboxPatch((x - wide / 2, y - 0.6), wide, 1.2, **frame))
-        axes.text(x, y, text, ha="center", va="center", color=colour)
+        axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=10)
 
     def arrow(begin: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
         axes.add_patch(FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=14, color=GREY, lw=1.3))
@@ -117,21 +117,20 @@ def draw_loss() -> Figure:
 
     for y, given, made in ((6.2, "logits", "softmax"), (1.8, "labels", "one-hot")):
         box(1.7, y, given)
-        box(6.2, y, made, wide=2.6)
-        box(11.0, y, "frozen edge\nnetwork", BLUE)
+        box(6.4, y, made)
+        box(11.6, y, "frozen edge\nnetwork", BLUE, wide=3.6)
         arrow((3.35, y), (4.75, y))
-        arrow((7.65, y), (9.35, y), "void: zero")
-        towards = 4.0 + (0.75 if y > 4 else -0.75)
-        arrow((11.0, y - 0.75 if y > 4 else y + 0.75), (11.0, towards))
-    box(11.0, 4.0, "distance, layer by layer", ORANGE, wide=5.0)
-    box(16.3, 4.0, "loss\n+ cross-entropy", ORANGE, wide=3.2)
-    arrow((13.65, 4.0), (14.6, 4.0), r"$\times\,\lambda$")
+        arrow((8.05, y), (9.65, y))
+        arrow((11.6, y - 0.75 if y > 4 else y + 0.75), (11.6, 4.85 if y > 4 else 3.15))
+    box(11.6, 4.0, "distance,\nlayer by layer", ORANGE, wide=4.2)
+    box(17.0, 4.0, "loss, with\ncross-entropy", ORANGE, wide=4.0)
+    arrow((13.85, 4.0), (14.85, 4.0), r"$\times\lambda$")
     return figure
 
 
 def draw_ramp() -> Figure:
     """lambda_semeda over the training for the two measured starts."""
-    figure = Figure(figsize=(7.2, 2.7), layout="constrained")
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.add_subplot()
     steps = np.linspace(0, 1, 301)
     for title, start, length, colour in (
@@ -153,7 +152,7 @@ def draw_metrics() -> Figure:
     other = unlike(target, [(a, b) for a in REACH for b in REACH if a * a + b * b <= 9])
     bands = unlike(target, [(a, b) for a in REACH for b in REACH])
     bands[:3], bands[-3:], bands[:, :3], bands[:, -3:] = True, True, True, True  # the image's frame ends a mask
-    figure = Figure(figsize=(8, 6.2), layout="constrained")
+    figure = Figure(figsize=(6, 4.9), layout="constrained")
     grid = figure.subplots(2, 2)
     show_labels(grid[0, 0], target, "the mask")
     show_map(grid[0, 1], (bands & valid).float().numpy(), "BoundaryIoU: bands of 3 pixels")
@@ -181,8 +180,8 @@ def draw_gains() -> Figure:
         ("fine-tuning, L2 0.03", "ft-l2-003", "ft-wce"),
         ("L1 0.1 from the first step", "w-constant", "wce"),
     )
-    figure = Figure(figsize=(8, 3.0), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True, sharey=True)
     for axes, metric, title in zip(panels, ("miou", "boundary_f"), ("mIoU", "boundary F"), strict=True):
         for row, (_, recipe, base) in enumerate(rows):
             values = [run[metric] - found[base, seed][metric] for (name, seed), run in found.items() if name == recipe]
@@ -218,7 +217,7 @@ def draw_cost() -> Figure:
         ("+ SEMEDA, torch.compile", ("compiled", "compiled_cl")),
         ("+ SEMEDA, semeda_fast", ("cpu", "cpu_cl")),
     )
-    figure = Figure(figsize=(8, 3.0), layout="constrained")
+    figure = Figure(figsize=(6, 2.8), layout="constrained")
     axes = figure.add_subplot()
     for offset, allocator, colour in ((-0.19, "default", BLUE), (0.19, "tuned", ORANGE)):
         best = [min(times[name, allocator] for name in names) for _, names in rows]
@@ -240,7 +239,7 @@ def draw_inspect() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         style = "\n".join(f"{key}: {str(value).lstrip('#')}" for key, value in STYLE.items() if key != "font.size")
-        (folder / "matplotlibrc").write_text(style.replace("savefig.dpi: 150", "savefig.dpi: 75"), encoding="utf-8")
+        (folder / "matplotlibrc").write_text(style.replace("savefig.dpi: 160", "savefig.dpi: 75"), encoding="utf-8")
         scenes = [str(ROOT / "examples" / "scenes.py"), "scenes", "--train", "0", "--val", "1"]
         inspect = ["-m", "semeda_fast.cli", "inspect", "scenes/val/masks/scene_00000.png", "--output", "inspect.png"]
         subprocess.run([sys.executable, *scenes], cwd=folder, check=True)
@@ -266,7 +265,7 @@ def show_map(axes: Axes, values: np.ndarray[Any, Any], title: str) -> None:
 def frameless(axes: Axes, title: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(title, fontsize=12)
+    axes.set_title(title, fontsize=11)
 
 
 def plain(axes: Axes) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LAMBDA_SEMEDA", "LossComponents", "semeda_loss"]
 
 # By distance. With these the gradient of the term at the logits of a trained network is about as strong as that of
-# cross-entropy: 1.0 to 1.7 times, measured in docs/results.md with the bundled proxy's three layers and layer scales.
+# cross-entropy: 1.0 to 1.7 times, measured in docs/evidence.md with the bundled proxy's three layers and layer scales.
 DEFAULT_LAMBDA_SEMEDA = {"l1": 0.1, "smooth_l1": 0.05, "l2": 0.03}
 
 

@@ -40,6 +40,32 @@ def test_directives() -> None:
     assert fourth.code == "mkdir a\nls a\n"
 
 
+PROGRAM = (
+    "# T\n<!-- one program -->\n```python\nx = 1\n```\n<!-- setup:\ny = 2\n-->\n```python\nassert x + y == 3\n```\n"
+    "```sh\nls\n```\n<!-- not run: needs a GPU -->\n```python\n1 / 0\n```\n"
+    "<!-- setup: z = 0 -->\n```python\nx / z\n```\n"
+)
+
+
+def test_a_page_may_be_one_program_with_the_lines_of_the_page(tmp_path: Path) -> None:
+    program, shell, left_out = parse(PROGRAM)
+    assert (program.line, shell, left_out.not_run) == (3, Block(12, "sh", "ls\n"), "needs a GPU")
+    lines = {number: line for number, line in enumerate(program.code.splitlines(), start=1) if line}
+    assert lines == {4: "x = 1", 7: "y = 2", 10: "assert x + y == 3", 19: "z = 0", 21: "x / z"}
+    problem = run(program, tmp_path)
+    assert "line 21" in problem
+    assert "ZeroDivisionError" in problem
+    with pytest.raises(ValueError, match="one program has 'setup' alone"):
+        parse("<!-- one program -->\n```python\nx\n```\n<!-- continues -->\n```python\nx\n```\n")
+
+
+def test_several_pages_are_counted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in (("a.md", "touch here"), ("b.md", "test ! -e here")):  # each in a folder of its own
+        (tmp_path / name).write_text(f"```sh\n{command}\n```\n")
+    assert readme_blocks.main([str(tmp_path / "a.md"), str(tmp_path / "b.md")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 0 failed, 0 skipped"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,4 +1,4 @@
-"""The built site holds together: links lead somewhere, assets are there, nothing comes from another host."""
+"""The built site holds together: links and anchors lead somewhere, assets are there, no other host is asked."""
 
 from __future__ import annotations
 

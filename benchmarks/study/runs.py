@@ -1,7 +1,7 @@
 """Whether SEMEDA pays: many runs of examples/train.py on CamVid, with and without it, with the same seeds.
 
     python -m benchmarks.study run --output build/study [--only REGEX] [--seeds 1,2,3] [--jobs 2]
-    python -m benchmarks.study collect build/study benchmarks/results/NAME   # study.json, which docs/results.md shows
+    python -m benchmarks.study collect build/study benchmarks/results/NAME   # study.json, which docs/evidence.md shows
     python -m benchmarks.study collect --add build/more benchmarks/results/NAME   # beside the runs that are in it
 
 A run that has its report is not run again, and one that was interrupted goes on, so the study can be stopped at any
@@ -105,7 +105,7 @@ def run_all(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path, jobs:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """What docs/results.md needs of all finished runs in a folder.
+    """What docs/evidence.md needs of all finished runs in a folder.
 
     Raises:
         FileNotFoundError: there is none.

@@ -150,7 +150,7 @@ void fill_table(const Layer& layer, int classes, const float* before, float* tab
 }
 
 // Columns of a task are chosen so that its rings fit a cache of this size; measured in
-// docs/performance-log.md.
+// docs/log/performance.md.
 constexpr std::int64_t RING_BYTES = 8 << 20;
 // Winograd along the columns, too, pays where both sides of a layer have this many channels.
 constexpr int WINOGRAD_2D_FROM = 8;
