@@ -366,7 +366,7 @@ def test_two_runs_are_bit_equal(case: Case) -> None:
     logits, target = make_inputs(n=3, h=65, w=67, device=case.device)
     criterion = SemedaLoss(make_proxy(), ignore_index=VOID, backend=case.backend).to(case.device)
     first = value_and_grad(criterion, logits, target)
-    for _ in range(3):
+    for _ in range(1 if case == Case("cuda", "cpu") else 3):  # the emulation has one thread
         again = value_and_grad(criterion, logits, target)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
