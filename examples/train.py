@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -303,6 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, BackendUnavailableError) as error:
         if args.traceback:
             raise
+        # Frames keep the loader alive, whose workers no signal ends: the end of this process would wait for them.
+        traceback.clear_frames(error.__traceback__)
         text = str(error).strip()
         if text.startswith("Caught "):  # from a loader's worker, which puts its traceback in front
             text = re.split(r"^[\w.]+Error: ", text, flags=re.MULTILINE)[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Generator
@@ -72,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_length)
 
 
 def _is_wanted(item: pytest.Item) -> bool:
@@ -81,6 +84,40 @@ def _is_wanted(item: pytest.Item) -> bool:
 
 # Backends that take part of the options alone; test_cuda_backend.py pins down which.
 SELECTIVE = ("cuda",)
+
+# Files that take longest, so that no process is left with one of them alone at the end; the others in any order.
+LONGEST = (
+    "test_compile_and_autograd",
+    "test_cuda_faults",
+    "test_cuda_kernels",
+    "test_triton_aot",
+    "test_bench_suite",
+    "test_example_train",
+    "test_packaging",
+    "test_triton_kernels",
+    "test_dtypes_and_layouts",
+    "test_cli",
+    "test_cpu_threads",
+    "test_gpu_runner",
+    "test_bench_steps",
+    "test_cuda_resources",
+    "test_upsample",
+    "test_cuda_build",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file of tests to one process, which makes its module's fixtures once; None leaves another --dist alone."""
+    if config.getoption("dist") != "load":
+        return None
+    config.option.loadscopereorder = False  # by the number of tests
+    return importlib.import_module("xdist.scheduler").LoadFileScheduling(config, log)
+
+
+def _length(item: pytest.Item) -> int:
+    name = item.path.stem
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -125,9 +125,8 @@ def test_small_logits_are_checked_and_timed_as_the_network_gives_them(monkeypatc
     assert {"right_upsample", "ce"} <= set(records)
     assert {record["status"] for record in records.values()} == {"ok"}
     assert len(records["right_upsample"]["loss_seconds"]) == 3
-    whole = worker.run_plan(
-        Plan("step", (plans.step_case("upernet_resnet50", WORKLOAD, 1, Budget(0.0, 1, 1), tiny=True),))
-    )
+    case = plans.step_case("upernet_resnet50", WORKLOAD, 1, Budget(0.0, 1, 1), tiny=True)
+    whole = worker.run_plan(Plan("step", (case,), compiler="aot_eager"))
     assert not any(record["contender"].endswith("_upsample") for record in whole)
 
 

@@ -43,6 +43,19 @@ backends.register(backends.Backend("off_by_one_percent", wrong, ("cpu",)))
 """
 
 
+# The groups of `pytest benchmarks/` on small images for a moment: what is tested goes the same way as their samples.
+SMALL_GROUPS = """
+from dataclasses import replace
+from benchmarks.suite import groups
+from benchmarks.timing import Budget
+
+def small(made=groups.groups):
+    return [replace(g, workload=g.workload.replace(height=128, width=128), budget=Budget(0.5, 5, 9)) for g in made()]
+
+groups.groups = small
+"""
+
+
 def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
 
@@ -415,8 +428,9 @@ def test_pytest_checks_miniatures_when_benchmarks_are_disabled(tmp_path: Path) -
 
 def test_pytest_benchmark_gets_the_interleaved_samples(tmp_path: Path) -> None:
     stored = tmp_path / "stored.json"
-    arguments = ["benchmarks", "--benchmark-only", f"--benchmark-json={stored}", "-k", "binary and (ce or reference)"]
-    result = run_pytest(arguments, tmp_path)
+    (tmp_path / "bench_test_groups.py").write_text(SMALL_GROUPS)
+    arguments = ["-p", "bench_test_groups", "benchmarks", "--benchmark-only", f"--benchmark-json={stored}"]
+    result = run_pytest([*arguments, "-k", "binary and (ce or reference)"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "interleaved medians and ratios" in result.stdout
     data: dict[str, Any] = json.loads(stored.read_text())

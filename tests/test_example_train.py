@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -463,6 +464,7 @@ def test_wrong_files_are_named(scenes: Path, tmp_path: Path, capsys: pytest.Capt
     assert "scene01.png" in error
     assert "7" in error
     assert len(error.strip().splitlines()) == 1
+    assert not multiprocessing.active_children()  # a worker left over, deaf to signals, would keep the process for ever
 
 
 def test_wrong_folders_and_class_counts(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
