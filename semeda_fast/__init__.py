@@ -1,9 +1,9 @@
 """The SEMEDA segmentation loss: cross-entropy plus feature matching in a frozen edge-detection network.
 
-    from semeda_fast import SemedaLoss
+from semeda_fast import SemedaLoss
 
-    criterion = SemedaLoss(num_classes=21, ignore_index=255)
-    loss = criterion(logits, target)
+criterion = SemedaLoss(num_classes=21, ignore_index=255)
+loss = criterion(logits, target)
 """
 
 from .backends import backend_info
