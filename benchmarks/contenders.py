@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from semeda_fast import SemedaLoss, backends
+from semeda_fast import SemedaLoss
+from semeda_fast.backends import registry as backends
 
 from .plain import LossFunction, cross_entropy, plain_semeda, under_autocast
 from .workloads import LAMBDA_CE, LAMBDA_SEMEDA, Inputs

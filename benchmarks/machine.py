@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 import semeda_fast
-from semeda_fast import backends, native
+from semeda_fast.backends import native
+from semeda_fast.backends import registry as backends
 
 _ROOT = Path(__file__).resolve().parents[1]
 

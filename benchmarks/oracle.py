@@ -1,8 +1,8 @@
 """The float64 reference of a whole workload, and the check that every contender has to pass before it is timed.
 
-The oracle computes what `semeda_fast.reference` defines, with its functions, in float64 over strips of rows with a
-halo of the proxy's reach, so a workload of any size fits in memory and nothing is cropped. Zero padding at a strip's
-edge changes features only in the halo, whose values are not used.
+The oracle computes what `semeda_fast.backends.reference` defines, with its functions, in float64 over strips of rows
+with a halo of the proxy's reach, so a workload of any size fits in memory and nothing is cropped. Zero padding at a
+strip's edge changes features only in the halo, whose values are not used.
 
 What agrees: the loss to LOSS[dtype] (relative), the gradient to GRADIENT[dtype] (relative L2). In fp32 the
 gradient is compared away from kinks: an L1 distance |d| or a hidden feature t that is 0 up to fp32 rounding
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semeda_fast.backends.reference import features, rho, sum_in_order, upsampled
 from semeda_fast.files import atomic_path
-from semeda_fast.reference import features, rho, sum_in_order, upsampled
 
 from .plain import LossFunction
 from .workloads import LAMBDA_CE, LAMBDA_SEMEDA, Inputs

@@ -215,7 +215,7 @@ void define_cpu(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Native part of semeda_fast; use it through semeda_fast.native.";
+    module.doc() = "Native part of semeda_fast; use it through semeda_fast.backends.native.";
     module.def("build_info", &build_info,
                "How this module was built: compiler, C++ standard, OpenMP, instruction sets with kernels.");
     module.def("cpu_features", &cpu_features, "Which vector extensions the processor and the system offer.");

@@ -31,9 +31,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from semeda_fast.config import FusedConfig
+from semeda_fast.backends.config import FusedConfig
+from semeda_fast.backends.triton import interpreted
 from semeda_fast.files import atomic_path
-from semeda_fast.triton_ops import interpreted
 
 from .launch import Launch
 from .model import make_config, passes_of

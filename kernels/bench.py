@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from semeda_fast import EdgeProxy
-from semeda_fast.config import FusedConfig, config_text, parse_config
-from semeda_fast.proxy.network import why_not_fused
+from semeda_fast.backends.config import FusedConfig, config_text, parse_config
+from semeda_fast.backends.fused import why_not_fused
+from semeda_fast.backends.triton import INTERPRETER_TILE, interpreted
 from semeda_fast.spec import LossSpec
-from semeda_fast.triton_ops import INTERPRETER_TILE, interpreted
 
 from .launch import Inputs, Launch, backward_launches, forward_launches, run_all
 from .model import total, works

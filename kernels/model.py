@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semeda_fast.config import FusedConfig
+from semeda_fast.backends.config import FusedConfig
 
 from .launch import Inputs, Launch, backward_launches, forward_launches
 from .plan import make_plan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from semeda_fast.config import FusedConfig
+    from semeda_fast.backends.config import FusedConfig
 
 MAX_CLASSES = 256
 MAX_LAYERS = 8

@@ -7,19 +7,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import shapes
-from .advice import VOID, advice_on
 from .capture import untraced
-from .distributions import bad_pixels, check_distribution
-from .native import has_bad_label
 from .plain import void_label
-from .reference import validity
 from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,6 +63,22 @@ def check_lambda(name: str, value: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
     elif not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) -> tuple[float, ...]:
+    """The layer weights as floats, all 1 by default; ValueError if they are not one finite number >= 0 a layer."""
+    if layer_weights is None:
+        return (1.0,) * num_layers
+    if isinstance(layer_weights, (int, float, str)):
+        raise TypeError(f"layer_weights must hold one number a layer, {num_layers} in all, got {layer_weights!r}")
+    values = tuple(float(w) for w in layer_weights)
+    if len(values) != num_layers:
+        raise ValueError(
+            f"layer_weights must hold one number a layer: the proxy has {num_layers} layers, got {len(values)}"
+        )
+    if not all(0 <= w < float("inf") for w in values):
+        raise ValueError(f"layer_weights must be finite and not negative, got {values}")
+    return values
 
 
 def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
@@ -217,83 +228,6 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
         raise ValueError(
             f"labels must have the shape [{n},{h},{w}] for logits of shape {list(logits.shape)}, "
             f"got {list(target.shape)}" + (f"; {remedy}" if remedy else "")
-        )
-
-
-def check_labels(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
-    """Raise ValueError for integer labels that are neither classes nor ignore_index. Waits for the device."""
-    if target.is_floating_point():
-        return
-    num_classes = 2 if spec.mode == "binary" else logits.shape[1]
-    if has_bad_label(target, valid, num_classes, spec.ignore_index) is False:
-        return
-    _, bad = validity(logits, target, valid, spec)
-    if not bool(bad.any()):
-        return
-    wrong = target.to(torch.int64)[bad]  # uint16 cannot be indexed everywhere
-    values, counts = wrong.unique(return_counts=True)
-    shown = ", ".join(f"{v} ({c} pixels)" for v, c in list(zip(values.tolist(), counts.tolist(), strict=True))[:5])
-    n, y, x = bad.nonzero()[0].tolist()
-    seen = target.to(torch.int64)
-    seen = seen if valid is None else seen[valid]
-    advice = advice_on(seen, num_classes, spec.ignore_index, binary=spec.mode == "binary")
-    raise ValueError(
-        f"target holds labels outside [0, {num_classes}): from {int(values.min())} to {int(values.max())}, "
-        f"{wrong.numel()} of {target.numel()} pixels: {shown}; the first at [n={n}, y={y}, x={x}]; "
-        f"ignore_index={spec.ignore_index}. {advice}."
-    )
-
-
-def check_target_values(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
-    """Raise ValueError for labels that are no class, or a soft target that is no distribution. Waits for the device."""
-    if target.is_floating_point():
-        check_distribution("target", target, valid, spec)
-    else:
-        check_labels(logits, target, valid, spec)
-
-
-def warn_of_lost_foreground(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> None:
-    """Warn where nothing but class 0 of two is left beside an ignored 255. Waits for the device.
-
-    A batch without foreground is right in many data sets, so it is no error.
-    """
-    two = spec.mode == "binary" or logits.shape[1] == 2
-    one_plane = target.dim() == 3 or target.shape[1] == 1
-    if spec.ignore_index != VOID or not two or not one_plane:
-        return
-    v, _ = validity(logits, target, valid, spec)
-    labels = target.reshape(v.shape)
-    if bool((labels == VOID).any()) and not bool((labels[v] != 0).any()):
-        warnings.warn(
-            "every valid pixel is of class 0 beside pixels of 255, which are ignored: if 255 is the foreground, as in "
-            "binary masks of image files, pass target // 255 and leave ignore_index=255 out",
-            stacklevel=2,
-        )
-
-
-def bad_targets(logits: Tensor, target: Tensor, valid: Tensor | None, spec: LossSpec) -> Tensor:
-    """[N,H,W] bool: where `check_target_values` would raise."""
-    if target.is_floating_point():
-        return bad_pixels(target, valid, spec)
-    return validity(logits, target, valid, spec)[1]
-
-
-def assertion(x: Tensor, name: str = "target") -> str:
-    """The text of an asynchronous assert, which cannot say what a tensor holds."""
-    kind = "labels that are neither in [0, num_classes) nor ignore_index"
-    if x.is_floating_point():
-        kind = "values that are no distribution over the classes: below 0, above 1, NaN, or of another sum than 1"
-    return f"semeda_fast: {name} with {kind}; run once with validate='always' to see which, and what to do"
-
-
-def check_finite(logits: Tensor, v: Tensor) -> None:
-    """Raise ValueError for NaN or infinite logits at valid pixels, v [N,H,W]. Waits for the device."""
-    wrong = (logits.isnan() | (logits == torch.inf)) & v.unsqueeze(1)  # -inf is a class that is ruled out
-    if bool(wrong.any()):
-        n, c, y, x = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"logits hold {int(wrong.sum())} NaN or +inf values at valid pixels, the first at "
-            f"[n={n}, c={c}, y={y}, x={x}]; look for a diverged or overflowed step before the loss"
         )
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import backends, checks
+from .backends import Inputs, Options, eager_loss
 from .capture import size_of, untraced
-from .eager import Inputs, Options, eager_loss
+from .checks import check_layer_weights
 from .plain import class_weights, void_label
 from .proxy.network import EdgeProxy
-from .proxy.record import check_layer_weights
 from .spec import LossTerms
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def semeda_loss(
                 valid_mask = valid_mask & labelled
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.
-    run = torch.ops.semeda_fast.loss_terms if torch.compiler.is_compiling() else ops.loss_terms
+    run = torch.ops.semeda_fast.loss_terms if torch.compiler.is_compiling() else backends.loss_terms
     terms = LossTerms(
         *run(
             logits,

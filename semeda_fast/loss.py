@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, checks
-from .eager import Inputs, Options, eager_loss
+from .backends import Inputs, Options, eager_loss, warmup
+from .checks import check_layer_weights
 from .functional import LossComponents, default_lambda, semeda_loss
 from .plain import class_weights, void_label, whole_number
 from .proxy.network import EdgeProxy, Float32Buffers
-from .proxy.record import check_layer_weights
-from .warmup import warmup
 from .warn import warn_user
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class SemedaLoss(Float32Buffers):
         loss = lambda_ce * CE + lambda_semeda * sum_l w_l D_l
 
     D_l is the mean distance, over valid pixels, between the proxy's layer-l features of the predicted
-    softmax map and of the ground truth, divided by the layer's scale. `semeda_fast.reference` is the definition.
+    softmax map and of the ground truth, divided by the layer's scale. backends/reference.py is the definition.
 
     The module has no parameters and an empty state_dict: no optimizer or checkpoint sees the proxy. DDP refuses to wrap
     it, since there is nothing to synchronise, and so does Accelerate's `prepare` with several processes on CPUs; use it

@@ -23,7 +23,10 @@ else:  # the reference is judged as fp32, which cuDNN's default would round to 1
 
 import interpreted
 
-from semeda_fast import backends, installation, native, triton_ops
+from semeda_fast import installation
+from semeda_fast.backends import native
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends import triton as triton_ops
 
 
 def pytest_configure(config: pytest.Config) -> None:

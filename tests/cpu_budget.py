@@ -19,7 +19,7 @@ from helpers import FLOOR
 from torch import Tensor
 
 from semeda_fast import EdgeProxy, semeda_loss
-from semeda_fast.reference import features, not_ignored, upsampled
+from semeda_fast.backends.reference import features, not_ignored, upsampled
 
 # Of the largest |t_l|: rounding of sums of up to 64 * 49 products, with the growth of F(4,3) or F(4x4,3x3).
 UNDECIDED = 4e-5

@@ -19,8 +19,8 @@ from helpers import VOID, make_proxy
 from torch import Tensor
 
 from semeda_fast import EdgeProxy
-from semeda_fast.config import FusedConfig
-from semeda_fast.fused import Problem
+from semeda_fast.backends.config import FusedConfig
+from semeda_fast.backends.problem import Problem
 
 OUTPUT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of a gradient, relative
 TINY = 2.0**-24  # half of fp16's smallest number, and more than all that fp32 loses

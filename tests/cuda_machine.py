@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semeda_fast.fused import Problem
-from semeda_fast.native import cuda_module, span
-from semeda_fast.params import add_gradients, fill
+from semeda_fast.backends.native import cuda_module, span
+from semeda_fast.backends.params import add_gradients, fill
+from semeda_fast.backends.problem import Problem
 
 VARIABLE = "SEMEDA_FAST_CUDA_EMULATION"
 D_CE, D_SEMEDA = 0.75, 1.5  # gradients of the two terms, where a test does not say otherwise

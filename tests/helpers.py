@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semeda_fast import EdgeProxy, SemedaLoss, backends, semeda_loss
+from semeda_fast import EdgeProxy, SemedaLoss, semeda_loss
+from semeda_fast.backends import registry as backends
 from semeda_fast.functional import LossComponents
 
 # What rounding alone may cost where the reference happens to be exact, relative to the oracle's norm.

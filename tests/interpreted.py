@@ -2,7 +2,7 @@
 
 The CUDA kernels run in an emulation and take part in all but the large ones. In Triton's interpreter a loss and its
 gradient take seconds, whatever the size of the image, so by default guarantees are shown once (bit-equal runs in
-test_triton_kernels.py), without those that semeda_fast/fused.py keeps for all backends alike, which the emulation
+test_triton_kernels.py), without those that backends/fused.py keeps for all backends alike, which the emulation
 shows; SEMEDA_FAST_INTERPRETER=full runs all of them. On a GPU every one runs.
 """
 

@@ -14,7 +14,9 @@ from conftest import registered_cases
 from helpers import VOID, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import SemedaLoss, backend_info, backends, reference
+from semeda_fast import SemedaLoss, backend_info
+from semeda_fast.backends import reference
+from semeda_fast.backends import registry as backends
 from semeda_fast.errors import BackendUnavailableError
 from semeda_fast.spec import LossSpec, LossTerms
 

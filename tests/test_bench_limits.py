@@ -27,7 +27,7 @@ from benchmarks.workloads import named
 HANGS = """
 import time
 from benchmarks.suite import limits
-from semeda_fast import backends, reference
+from semeda_fast.backends import registry as backends, reference
 
 usual = limits.preparing
 limits.preparing = lambda contender, pixels: 3.0 if contender.name == "hanging" else usual(contender, pixels)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semeda_fast import backends, reference
+from semeda_fast.backends import reference
+from semeda_fast.backends import registry as backends
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -32,7 +32,7 @@ from benchmarks.workloads import HEADLINE, named
 ROOT = Path(__file__).resolve().parent.parent
 # Two backends that any process can import: one that is the reference under another name, and one that is not.
 BACKENDS = """
-from semeda_fast import backends, reference
+from semeda_fast.backends import registry as backends, reference
 
 def wrong(*arguments):
     terms = reference.loss_terms(*arguments)

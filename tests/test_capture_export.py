@@ -187,7 +187,7 @@ def test_backward_of_a_forward_that_kept_nothing_is_an_error(case: Case) -> None
     """As in a graph by some other tracer, which wrote down what one call without a gradient did."""
     if case.backend == "reference":
         pytest.skip("its graph is torch's")
-    from semeda_fast.config import config_text
+    from semeda_fast.backends.config import config_text
     from semeda_fast.spec import LossSpec
 
     proxy = make_proxy().to(case.device)

@@ -15,8 +15,10 @@ from cpu_budget import Judge, loss_and_grad
 from helpers import VOID, components, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, backends, cpu, semeda_loss
-from semeda_fast.native import native_info, native_module
+from semeda_fast import EdgeProxy, semeda_loss
+from semeda_fast.backends import cpu
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.native import native_info, native_module
 from semeda_fast.proxy.record import ProxyLayer
 
 pytestmark = pytest.mark.skipif(

@@ -7,10 +7,13 @@ import torch
 from helpers import components
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, backends, cpu
-from semeda_fast.config import FusedConfig
-from semeda_fast.fused import FusedOps, Outputs
-from semeda_fast.native import native_module
+from semeda_fast import EdgeProxy
+from semeda_fast.backends import cpu
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.config import FusedConfig
+from semeda_fast.backends.fused import FusedOps
+from semeda_fast.backends.native import native_module
+from semeda_fast.backends.problem import Outputs
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"

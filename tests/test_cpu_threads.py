@@ -14,8 +14,8 @@ from cpu_budget import Outcome, loss_and_grad
 from helpers import VOID, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import backends
-from semeda_fast.native import native_info, native_module
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.native import native_info, native_module
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"

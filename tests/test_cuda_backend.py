@@ -21,11 +21,14 @@ from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from semeda_fast import EdgeProxy, SemedaLoss, backend_info, backends, cuda_ops, native, trial
-from semeda_fast.config import config_text, parse_config
-from semeda_fast.fused import Outputs, Problem
-from semeda_fast.native import CudaInfo
-from semeda_fast.params import describe
+from semeda_fast import EdgeProxy, SemedaLoss, backend_info
+from semeda_fast.backends import cuda as cuda_ops
+from semeda_fast.backends import native, trial
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.config import config_text, parse_config
+from semeda_fast.backends.native import CudaInfo
+from semeda_fast.backends.params import describe
+from semeda_fast.backends.problem import Outputs, Problem
 from semeda_fast.spec import LossSpec
 
 HERE = backends.get("cuda").devices[0]
@@ -394,7 +397,7 @@ def test_nothing_is_launched_without_pixels(module: Module) -> None:
 
 def test_codes_of_another_size_are_never_written(module: Module) -> None:
     module.code_bytes_off = 1
-    with pytest.raises(RuntimeError, match=r"writes 229 bytes of codes where cuda_ops.py has 228.*different versions"):
+    with pytest.raises(RuntimeError, match=r"writes 229 bytes of codes where cuda.py has 228.*different versions"):
         forward(problem_of(*make_inputs(n=1, h=3, w=4)))
     assert module.calls == []
 

@@ -12,7 +12,8 @@ import cuda_emulated
 import pytest
 import torch
 
-from semeda_fast import backends, cuda_ops
+from semeda_fast.backends import cuda as cuda_ops
+from semeda_fast.backends import registry as backends
 
 pytest.importorskip("pybind11")
 HERE = Path(__file__).resolve().parent

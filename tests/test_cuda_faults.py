@@ -25,7 +25,7 @@ from cuda_checks import Scene, examine, problem_of
 from cuda_machine import get_number, last_launch, least_memory, machine, run, set_number
 from cuda_source_faults import SOURCE_FAULTS
 
-from semeda_fast.fused import Problem
+from semeda_fast.backends.problem import Problem
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get(cuda_machine.VARIABLE), reason="the emulated CUDA kernels are not built here"

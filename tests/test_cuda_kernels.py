@@ -28,7 +28,8 @@ from cuda_machine import DEVICES, forward_alone, get_number, last_launch, least_
 from helpers import VOID, assert_within_budget, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, SemedaLoss, backends
+from semeda_fast import EdgeProxy, SemedaLoss
+from semeda_fast.backends import registry as backends
 
 pytestmark = [
     pytest.mark.skipif(

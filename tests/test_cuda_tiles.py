@@ -15,9 +15,9 @@ import cuda_machine
 from helpers import make_proxy
 
 from benchmarks.gpu import cuda_tiles
-from semeda_fast.config import config_text, parse_config
-from semeda_fast.native import cuda_module
-from semeda_fast.params import describe
+from semeda_fast.backends.config import config_text, parse_config
+from semeda_fast.backends.native import cuda_module
+from semeda_fast.backends.params import describe
 from semeda_fast.spec import LossSpec
 
 PROXIES = {(16, 32): 2, (16, 32, 32): 2, (32, 64): 64}

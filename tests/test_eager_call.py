@@ -15,7 +15,10 @@ from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semeda_fast import EdgeProxy, SemedaLoss, backends, cpu, eager, functional, loss, semeda_loss
+from semeda_fast import EdgeProxy, SemedaLoss, functional, loss, semeda_loss
+from semeda_fast.backends import cpu
+from semeda_fast.backends import prepared as eager
+from semeda_fast.backends import registry as backends
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"

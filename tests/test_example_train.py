@@ -32,7 +32,8 @@ import runfiles  # noqa: E402
 import train  # noqa: E402
 import unet  # noqa: E402
 
-from semeda_fast import EdgeProxy, backends  # noqa: E402
+from semeda_fast import EdgeProxy  # noqa: E402
+from semeda_fast.backends import registry as backends  # noqa: E402
 
 STEPS_PER_EPOCH, EPOCHS = 6, 3
 TOTAL = STEPS_PER_EPOCH * EPOCHS

@@ -20,7 +20,10 @@ from source_builds import ROOT
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from semeda_fast import SemedaLoss, backend_info, backends, cpu, semeda_loss, triton_ops
+from semeda_fast import SemedaLoss, backend_info, semeda_loss
+from semeda_fast.backends import cpu
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends import triton as triton_ops
 from semeda_fast.errors import BackendUnavailableError
 from semeda_fast.spec import LossSpec
 

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, backends
+from semeda_fast import EdgeProxy
+from semeda_fast.backends import registry as backends
 from semeda_fast.proxy.record import ProxyLayer
 
 pytestmark = pytest.mark.skipif(

@@ -33,7 +33,9 @@ from benchmarks.suite import runner
 from benchmarks.suite.plans import Plan, make_plans
 from benchmarks.timing import Budget
 from benchmarks.workloads import make_proxy, named
-from semeda_fast import cuda_ops, trial, triton_ops
+from semeda_fast.backends import cuda as cuda_ops
+from semeda_fast.backends import trial
+from semeda_fast.backends import triton as triton_ops
 from semeda_fast.spec import LossSpec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,8 +29,8 @@ from benchmarks.gpu.tiles import Tile
 from benchmarks.gpu.workloads import Case, all_cases
 from benchmarks.timing import Budget, Samples
 from benchmarks.workloads import Inputs, Workload
-from semeda_fast import cuda_ops
-from semeda_fast.native import cuda_module
+from semeda_fast.backends import cuda as cuda_ops
+from semeda_fast.backends.native import cuda_module
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "a device of the tests"

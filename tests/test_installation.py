@@ -16,8 +16,10 @@ import installs
 import pytest
 from source_builds import ROOT, copy_source
 
-from semeda_fast import backend_info, cuda_ops, installation, triton_ops
-from semeda_fast.native import CudaInfo, native_info
+from semeda_fast import backend_info, installation
+from semeda_fast.backends import cuda as cuda_ops
+from semeda_fast.backends import triton as triton_ops
+from semeda_fast.backends.native import CudaInfo, native_info
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NOTHING = "where nothing is built. Build it in place: "

@@ -30,8 +30,8 @@ from source_builds import (
     unpack,
 )
 
-from semeda_fast import native
-from semeda_fast.native import native_info
+from semeda_fast.backends import native
+from semeda_fast.backends.native import native_info
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -146,8 +146,8 @@ sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, {str(ROOT)!r})
 import semeda_fast
 from semeda_fast import SemedaLoss, semeda_loss, EdgeProxy, train_proxy, backend_info
-import semeda_fast.native
-semeda_fast.native.native_info()
+import semeda_fast.backends.native
+semeda_fast.backends.native.native_info()
 print(json.dumps(sorted(blocked & {{name.partition(".")[0] for name in sys.modules}})))
 """
     assert json.loads(python(code, tmp_path, tmp_path)) == []
@@ -179,7 +179,7 @@ def test_mode_none_builds_a_pure_wheel_with_everything_in_it(source: Path, tmp_p
 
     site = unpack(source)
     code = CHECK_KERNELS.format(home=str(site)) + (
-        "from semeda_fast.native import native_info\n"
+        "from semeda_fast.backends.native import native_info\n"
         "info = native_info()\n"
         "assert not info.available and info.build == {} and info.cpu == {}, info\n"
         "assert 'SEMEDA_FAST_BUILD=cpu' in info.reason, info.reason\n"
@@ -290,7 +290,7 @@ def test_editable_install_maps_the_kernels_folder_and_builds_in_place(source: Pa
     assert warnings == []
     site = unpack(source)
     code = CHECK_KERNELS.format(home=str(source)) + (
-        "from semeda_fast.native import native_info\n"
+        "from semeda_fast.backends.native import native_info\n"
         "import dataclasses, json, torch\n"
         "torch.set_num_threads(3)\n"
         "print(json.dumps(dataclasses.asdict(native_info())))\n"

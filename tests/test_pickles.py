@@ -19,7 +19,8 @@ from torch import nn
 from training_fixtures import scenes
 
 import semeda_fast
-from semeda_fast import EdgeProxy, SemedaLoss, eager, safe_globals, train_proxy
+from semeda_fast import EdgeProxy, SemedaLoss, safe_globals, train_proxy
+from semeda_fast.backends import prepared as eager
 
 FOREIGN = {  # of Python and torch: what any module's pickle holds
     "builtins.set",
@@ -105,9 +106,9 @@ def is_public(name: str) -> bool:
 def test_the_reader_of_pickles_sees_what_is_imported() -> None:
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         data = pickle.dumps([eager._Calls(), make_proxy().layers, eager._Calls()], protocol)
-        assert {"semeda_fast.eager._Calls", "semeda_fast.proxy.record.ProxyLayer"} <= names_in(data)
-    assert not is_public("semeda_fast.eager._Calls")
-    assert not is_public("semeda_fast.eager.Options")
+        assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.proxy.record.ProxyLayer"} <= names_in(data)
+    assert not is_public("semeda_fast.backends.prepared._Calls")
+    assert not is_public("semeda_fast.backends.prepared.Options")
     assert is_public("semeda_fast.loss.SemedaLoss")
     assert is_public("semeda_fast.proxy.record.ProxyLayer")
 
@@ -186,7 +187,7 @@ def test_a_pickle_of_before_still_loads() -> None:
     old = AsBefore(criterion, _options=eager.Options(**criterion._choices()))
     old.parts[2]["_modules"] = {"proxy": AsBefore(criterion.proxy, _calls=calls)}
     data = pickle.dumps(old)
-    assert {"semeda_fast.eager._Calls", "semeda_fast.eager.Options"} <= names_in(data)
+    assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.backends.prepared.Options"} <= names_in(data)
     loaded = pickle.loads(data)
     assert not {"_options", "_calls"} & {*vars(loaded), *vars(loaded.proxy)}
     logits, target = make_inputs()

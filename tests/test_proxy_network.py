@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semeda_fast import EdgeProxy, SemedaLoss
-from semeda_fast.proxy.network import why_not_fused
+from semeda_fast.backends.fused import why_not_fused
 from semeda_fast.proxy.record import ProxyLayer
 
 

@@ -11,9 +11,11 @@ from conftest import Case
 from helpers import NUM_CLASSES, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 
-from semeda_fast import SemedaLoss, checks, fused, ops, semeda_loss
-from semeda_fast.config import parse_config
-from semeda_fast.fused import Problem
+from semeda_fast import SemedaLoss, checks, semeda_loss
+from semeda_fast.backends import fused
+from semeda_fast.backends import operator as ops
+from semeda_fast.backends.config import parse_config
+from semeda_fast.backends.problem import Problem
 from semeda_fast.spec import LossSpec
 
 H, W = 7, 21  # a part of a unit of 16 columns, and of a tile

@@ -14,9 +14,12 @@ import torch
 from helpers import VOID, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 
-from semeda_fast import SemedaLoss, backend_info, backends, trial, triton_ops
-from semeda_fast.config import config_text
-from semeda_fast.fused import Outputs, Problem
+from semeda_fast import SemedaLoss, backend_info
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends import trial
+from semeda_fast.backends import triton as triton_ops
+from semeda_fast.backends.config import config_text
+from semeda_fast.backends.problem import Outputs, Problem
 from semeda_fast.spec import LossSpec
 
 pytest.importorskip("triton")

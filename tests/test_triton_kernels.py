@@ -17,8 +17,9 @@ from cpu_budget import loss_and_grad
 from helpers import VOID, assert_within_budget, make_inputs, make_proxy
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, triton_ops
-from semeda_fast.config import FusedConfig
+from semeda_fast import EdgeProxy
+from semeda_fast.backends import triton as triton_ops
+from semeda_fast.backends.config import FusedConfig
 from semeda_fast.proxy.record import ProxyLayer
 
 pytest.importorskip("triton")

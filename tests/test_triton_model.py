@@ -15,11 +15,11 @@ if importlib.util.find_spec("triton") is None:
 from benchmarks import labels as bench_labels
 from benchmarks.workloads import PROXIES
 from semeda_fast import EdgeProxy
+from semeda_fast.backends.triton import INTERPRETER_TILE, interpreted
 from semeda_fast.kernels import aot, bench, launch, model
 from semeda_fast.kernels.launch import Launch
 from semeda_fast.kernels.model import Work
 from semeda_fast.kernels.plan import TILE, make_plan
-from semeda_fast.triton_ops import INTERPRETER_TILE, interpreted
 
 SHAPE = (2, 8, 32)  # 512 pixels in 4 tiles
 P = 512

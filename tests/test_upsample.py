@@ -13,8 +13,10 @@ from cpu_budget import Judge, loss_and_grad
 from helpers import NUM_CLASSES, VOID, assert_within_budget, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, SemedaLoss, backends, reference
-from semeda_fast.native import native_info, native_module
+from semeda_fast import EdgeProxy, SemedaLoss
+from semeda_fast.backends import reference
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.native import native_info, native_module
 
 needs_cpu = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"

@@ -11,7 +11,7 @@ from helpers import NUM_CLASSES, VOID, make_proxy
 from torch import Tensor
 
 from semeda_fast import SemedaLoss
-from semeda_fast.warmup import warmup
+from semeda_fast.backends.warmup import warmup
 
 SHAPE = (1, NUM_CLASSES, 6, 9)
 

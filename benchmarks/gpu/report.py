@@ -276,7 +276,7 @@ def _backends(tiles: dict[str, Any] | None) -> str:
     faster = sum(gain > 1 for gain in timed)
     parts = [
         "## cuda against triton\n",
-        "This table decides which of the two `auto` prefers: the order in semeda_fast/backends.py. Forward and "
+        "This table decides which of the two `auto` prefers: the order in backends/registry.py. Forward and "
         "backward of the loss; above 1 cuda is faster. "
         f"With launches queued it was in {faster} of {len(timed)} workloads.\n",
         markdown(*backend_table(records)),

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semeda_fast import backends, cuda_ops
-from semeda_fast.config import config_text, parse_config
+from semeda_fast.backends import cuda as cuda_ops
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.config import config_text, parse_config
+from semeda_fast.backends.native import cuda_module, span
+from semeda_fast.backends.params import add_gradients, fill
+from semeda_fast.backends.problem import Problem
 from semeda_fast.files import atomic_path
-from semeda_fast.fused import Problem
-from semeda_fast.native import cuda_module, span
-from semeda_fast.params import add_gradients, fill
 
 from .. import machine, oracle, timing
 from ..contenders import Contender, contenders

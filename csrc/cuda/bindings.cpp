@@ -27,7 +27,7 @@ void run(const LossParams& params, const Span& workspace, int device, std::uintp
 }  // namespace
 
 PYBIND11_MODULE(SEMEDA_FAST_CUDA_MODULE, module) {
-    module.doc() = "CUDA part of semeda_fast; use it through semeda_fast.cuda_ops.";
+    module.doc() = "CUDA part of semeda_fast; use it through semeda_fast.backends.cuda.";
     semeda_fast::define_params(module);
     const py::call_guard<py::gil_scoped_release> unlocked;
     module.attr("MAX_CLASSES") = gpu::MAX_CLASSES;

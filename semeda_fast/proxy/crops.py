@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..advice import FILES, ITEMS, MASKS, advice_on, lost_foreground
+from ..backends import not_ignored
 from ..errors import missing_extra
-from ..reference import not_ignored
 from ..shapes import many_masks, one_mask
 from .edges import edge_labels
 from .masks import MaskFolder, describe_folder

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import not_ignored
+from ..backends import not_ignored
 
 
 def edge_labels(target: Tensor, *, radius: int = 1, ignore_index: int = -100) -> Tensor:

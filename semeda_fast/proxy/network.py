@@ -11,14 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..backends import features, why_not_fused
 from ..plain import whole_number
-from ..reference import features
 from .convert import from_sequential
 from .record import ProxyLayer, ProxyRecord
 from .storage import bundled_record, load_record, save_record
-
-MAX_FUSED_LAYERS = 8
-MAX_FUSED_CHANNELS = 64
 
 
 class Float32Buffers(nn.Module):
@@ -84,7 +81,7 @@ class EdgeProxy(Float32Buffers):
         ValueError: arguments outside the ranges above.
     """
 
-    _made_anew = ("_calls",)  # of eager.py
+    _made_anew = ("_calls",)  # of backends/prepared.py
 
     def __init__(
         self,
@@ -106,6 +103,8 @@ class EdgeProxy(Float32Buffers):
         biases = [torch.zeros(layer.out_channels, dtype=torch.float32) for layer in layers]
         super().__init__()
         self._fill(ProxyRecord(layers, weights, biases, tap, distance, layer_weights, {}, {"trained": False}))
+
+    layers: tuple[ProxyLayer, ...]
 
     def _fill(self, record: ProxyRecord) -> None:
         self.layers = tuple(record.layers)
@@ -292,23 +291,6 @@ class EdgeProxy(Float32Buffers):
     def extra_repr(self) -> str:
         chain = " -> ".join(str(c) for c in (self.num_classes, *self.widths, self.edge_classes))
         return f"{chain}, tap={self.tap!r}, distance={self.distance!r}, layer_weights={self.layer_weights}"
-
-
-def why_not_fused(
-    weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int], pools: Sequence[int]
-) -> str | None:
-    """Why the fused kernels cannot run a network of these layers, or None if they can."""
-    if not 2 <= len(weights) <= MAX_FUSED_LAYERS:
-        return f"the proxy has {len(weights)} layers; the fused kernels take 2 to {MAX_FUSED_LAYERS}"
-    for number, weight in enumerate(weights):
-        if weight.shape[0] > MAX_FUSED_CHANNELS:
-            return (
-                f"the proxy's layer {number} has {weight.shape[0]} channels; "
-                f"the fused kernels take up to {MAX_FUSED_CHANNELS}"
-            )
-        if strides[number] != 1 or dilations[number] != 1 or pools[number] != 0:
-            return f"the proxy's layer {number} has a stride, a dilation or a pooling; the fused kernels take none"
-    return None
 
 
 def _initial_weight(layer: ProxyLayer, first: bool, generator: torch.Generator) -> Tensor:

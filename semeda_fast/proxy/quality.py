@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..reference import distance_maps, not_ignored
+from ..backends import distance_maps, not_ignored
 from ..spec import DISTANCES, LossSpec
 from .edges import edge_labels
 from .network import EdgeProxy

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..checks import check_layer_weights
 from ..plain import whole_number
 from ..spec import DISTANCES, TAPS
 
@@ -129,22 +130,6 @@ def _frozen(number: int, value: Tensor) -> Tensor:
     if not (value.is_meta or isinstance(value, FakeTensor)) and not torch.isfinite(value).all():
         raise ValueError(f"layer {number} holds weights that are not finite (as float32)")
     return value
-
-
-def check_layer_weights(layer_weights: Sequence[float] | None, num_layers: int) -> tuple[float, ...]:
-    """The layer weights as floats, all 1 by default; ValueError if they are not one finite number >= 0 a layer."""
-    if layer_weights is None:
-        return (1.0,) * num_layers
-    if isinstance(layer_weights, (int, float, str)):
-        raise TypeError(f"layer_weights must hold one number a layer, {num_layers} in all, got {layer_weights!r}")
-    values = tuple(float(w) for w in layer_weights)
-    if len(values) != num_layers:
-        raise ValueError(
-            f"layer_weights must hold one number a layer: the proxy has {num_layers} layers, got {len(values)}"
-        )
-    if not all(0 <= w < float("inf") for w in values):
-        raise ValueError(f"layer_weights must be finite and not negative, got {values}")
-    return values
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,8 @@ import torch
 from helpers import VOID, assert_within_budget, judge_decided_pixels, make_proxy
 from torch import Tensor
 
-from semeda_fast import EdgeProxy, SemedaLoss, backend_info, backends
+from semeda_fast import EdgeProxy, SemedaLoss, backend_info
+from semeda_fast.backends import registry as backends
 
 
 def why_no_gpu() -> str:

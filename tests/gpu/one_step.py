@@ -7,7 +7,8 @@ import sys
 import torch
 from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy
 
-from semeda_fast import SemedaLoss, trial
+from semeda_fast import SemedaLoss
+from semeda_fast.backends import trial
 
 
 def without_trial() -> None:

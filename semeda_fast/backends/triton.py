@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..installation import why_missing
+from ..spec import LossSpec
 from .config import FusedConfig
-from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, on_device, why_not_taken
-from .installation import why_missing
+from .fused import FusedOps, assert_labels, on_device, why_not_taken
 from .memory import INPUTS, check_memory
-from .spec import LossSpec
+from .problem import Outputs, Problem, Saved
 from .trial import first_use
 
 WHOSE = "the Triton kernels"

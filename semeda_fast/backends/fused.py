@@ -9,59 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..capture import asks_gradient, recorded, untraced, watched
+from ..spec import LossSpec, LossTerms
 from . import flops
-from .capture import asks_gradient, recorded, untraced, watched
-from .checks import assertion, check_labels, validity
 from .config import FusedConfig, config_text, parse_config
 from .distributions import bad_pixels, limit_for, raise_bad_distribution
 from .memory import INPUTS, REMEDY, check_consistent, check_kept, check_unchanged, facts_of
-from .spec import LossSpec, LossTerms
+from .problem import Outputs, Problem, Saved
+from .reference import validity
+from .values import assertion, check_labels
 
-
-class Problem(NamedTuple):
-    """What both directions receive."""
-
-    logits: Tensor  # of the target's size, or smaller for a backend that scales them up
-    target: Tensor
-    valid: Tensor | None
-    class_weight: Tensor | None
-    flat: Tensor  # the proxy's weights, then its biases, each layer's flattened, fp32
-    config: FusedConfig
-
-
-class Outputs(NamedTuple):
-    """What forward returns; the first five as in LossTerms."""
-
-    ce: Tensor
-    semeda: Tensor
-    per_layer: Tensor
-    ce_weight: Tensor
-    valid_count: Tensor
-    codes: Tensor  # for backward alone, and empty where no gradient will be asked for
-    saved_d: Tensor
-
-    def take(self, terms: Tensor, counts: Tensor) -> None:
-        """Copy what kernels wrote, without waiting: terms [3 + L] fp32, counts [2] int64; maps are there already."""
-        if not self.ce.dim():
-            self.ce.copy_(terms[0])
-            self.semeda.copy_(terms[1])
-        self.ce_weight.copy_(terms[2])
-        self.per_layer.copy_(terms[3:])
-        self.valid_count.copy_(counts[0])
-
-
-class Saved(NamedTuple):
-    """Shapes and dtype of what is kept for backward."""
-
-    codes: tuple[Any, ...]  # uint8
-    saved_d: tuple[Any, ...]
-    dtype: torch.dtype  # of saved_d
-
+MAX_FUSED_LAYERS = 8
+MAX_FUSED_CHANNELS = 64
 
 ForwardFunction = Callable[[Problem, Outputs], None]  # fills all of Outputs
 BackwardFunction = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Tensor], None]  # codes ... d_logits, filled
@@ -121,6 +85,23 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device(tensor.device)
     return context
+
+
+def why_not_fused(
+    weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int], pools: Sequence[int]
+) -> str | None:
+    """Why the fused kernels cannot run a network of these layers, or None if they can."""
+    if not 2 <= len(weights) <= MAX_FUSED_LAYERS:
+        return f"the proxy has {len(weights)} layers; the fused kernels take 2 to {MAX_FUSED_LAYERS}"
+    for number, weight in enumerate(weights):
+        if weight.shape[0] > MAX_FUSED_CHANNELS:
+            return (
+                f"the proxy's layer {number} has {weight.shape[0]} channels; "
+                f"the fused kernels take up to {MAX_FUSED_CHANNELS}"
+            )
+        if strides[number] != 1 or dilations[number] != 1 or pools[number] != 0:
+            return f"the proxy's layer {number} has a stride, a dilation or a pooling; the fused kernels take none"
+    return None
 
 
 def why_not_taken(

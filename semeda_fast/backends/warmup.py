@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .loss import SemedaLoss
-
 
 def warmup(
-    criterion: SemedaLoss,
+    criterion: Any,
     shape: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
@@ -30,7 +27,7 @@ def warmup(
     own, and no `.grad` is written. Where nothing is compiled, as on the CPU, it is a harmless call.
 
     Args:
-        criterion: the loss, already on the device and with the options of the training run.
+        criterion: the SemedaLoss, already on the device and with the options of the training run.
         shape: of the logits, (N, C, H, W), (N, 1, H, W) in binary mode. The largest of the training run lets the
             allocator reserve its memory, too; a small one is enough for compilation.
         dtype: of the logits: bfloat16 or float16 where the network runs under autocast.
@@ -67,7 +64,7 @@ def warmup(
 
 
 def _inputs(
-    criterion: SemedaLoss,
+    criterion: Any,
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     device: torch.device,

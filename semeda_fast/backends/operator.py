@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference
-from .capture import untraced, writes_onnx
+from .. import checks
+from ..capture import untraced, writes_onnx
+from ..spec import LossSpec, LossTerms
+from . import reference, values
+from . import registry as backends
 from .distributions import bad_pixels, check_distribution
-from .spec import LossSpec, LossTerms
 
 _library = torch.library.Library("semeda_fast", "DEF")
 _library.define(
@@ -169,22 +171,22 @@ def look_at_values(logits: Tensor, target: Tensor, valid: Tensor | None, spec: L
     """
     at_once = always or logits.device.type == "cpu"
     if at_once:
-        checks.check_target_values(logits, target, valid, spec)
+        values.check_target_values(logits, target, valid, spec)
     else:
-        torch._assert_async(~checks.bad_targets(logits, target, valid, spec).any(), checks.assertion(target))
+        torch._assert_async(~values.bad_targets(logits, target, valid, spec).any(), values.assertion(target))
     if spec.from_logits and not always:
         return
     if always:
-        checks.warn_of_lost_foreground(logits, target, valid, spec)
+        values.warn_of_lost_foreground(logits, target, valid, spec)
     if logits.shape[2:] != target.shape[-2:]:
         logits = reference.upsampled(logits, target.shape[-2:])
-    v, _ = checks.validity(logits, target, valid, spec)
+    v, _ = reference.validity(logits, target, valid, spec)
     if spec.from_logits:
-        checks.check_finite(logits, v)
+        values.check_finite(logits, v)
     elif at_once:
         check_distribution("probabilities", logits, v, spec)
     else:
-        torch._assert_async(~bad_pixels(logits, v, spec).any(), checks.assertion(logits, "probabilities"))
+        torch._assert_async(~bad_pixels(logits, v, spec).any(), values.assertion(logits, "probabilities"))
 
 
 @_check_values.register_fake

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .spec import LossSpec
+from ..spec import LossSpec
 
 
 @dataclass(frozen=True)

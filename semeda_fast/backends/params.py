@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec import DISTANCES, TAPS
 from .config import FusedConfig
-from .fused import Problem
 from .native import dtype_code, span, tensor_view
-from .spec import DISTANCES, TAPS
+from .problem import Problem
 
 
 def describe(module: Any, config: FusedConfig, dtype: torch.dtype) -> Any:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capture import size_of
-from .spec import LossSpec, LossTerms
+from ..capture import size_of
+from ..spec import LossSpec, LossTerms
 
 
 def loss_terms(

@@ -7,13 +7,12 @@ resized, nor what `saved_tensors_hooks` give back; a kernel that reads by addres
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .fused import Problem, Saved
+from .problem import Problem, Saved
 
 INPUTS = ("logits", "target", "valid_mask", "weight")
 _PLAIN = (Tensor, torch.nn.Parameter)  # others need not have a storage

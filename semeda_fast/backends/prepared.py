@@ -10,62 +10,19 @@ general way. Both give the same bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from .. import checks
+from ..checks import check_layer_weights
+from ..spec import LossSpec
+from . import registry as backends
 from .fused import plain
-from .proxy.network import EdgeProxy
-from .proxy.record import check_layer_weights
-from .spec import LossSpec
+from .problem import Inputs, Network, Options, Prepared
 
 MAX_PREPARED = 64  # calls of one proxy that are remembered: of a size, dtypes and options
-
-
-class Inputs(NamedTuple):
-    """The tensors of a call."""
-
-    logits: Tensor
-    target: Tensor
-    valid: Tensor | None
-    class_weight: Tensor | None
-
-
-class Options(NamedTuple):
-    """Of `semeda_loss`, by the same names and as its caller gave them, but for the distance, which is chosen."""
-
-    layer_weights: Sequence[float] | None
-    distance: str
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    mode: str
-    from_logits: bool
-    empty: str
-    upsample: str | None
-    backend: str
-    validate: str
-
-
-class Prepared(Protocol):
-    """What a backend makes of one kind of call: of inputs of these shapes, strides and dtypes, and of one proxy.
-
-    It holds no inputs. The proxy's tensors lie where they lay, but may hold other values in each call.
-    """
-
-    def forward(
-        self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
-    ) -> tuple[Tensor, Tensor | None, Any]:
-        """The loss [], what is kept for backward where `save` says so, and a record of this call."""
-
-    def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
-        """The gradient of the logits; d_loss: [] of the loss's dtype."""
-
-    def watched_backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
-        """The same by an operator, for whoever watches these, or asks for what only they can say."""
 
 
 _UNKNOWN: Any = object()
@@ -80,7 +37,7 @@ class _Calls(dict[Any, Prepared | None]):
 
 
 def eager_loss(
-    inputs: Inputs, proxy: EdgeProxy, lambda_ce: float | Tensor, lambda_semeda: float | Tensor, options: Options
+    inputs: Inputs, proxy: Network, lambda_ce: float | Tensor, lambda_semeda: float | Tensor, options: Options
 ) -> Tensor | None:
     """The loss [] as `semeda_loss` has it, or None where the general way is to be taken.
 
@@ -103,9 +60,9 @@ def eager_loss(
         return None  # type: ignore[unreachable]  # a mistake, which the general way names
     calls: _Calls | None = proxy.__dict__.get("_calls")
     if calls is None:
-        calls = proxy._calls = _Calls()  # type: ignore[assignment]
+        calls = proxy.__dict__["_calls"] = _Calls()
     buffers = proxy._buffers
-    tensors: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]  # type: ignore[misc]
+    tensors: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]
     state = (
         [(id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad) for t in tensors],
         proxy.layers,
@@ -141,7 +98,7 @@ def _facts(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype, t.requires_grad
 
 
-def _prepare(inputs: Inputs, proxy: EdgeProxy, options: Options) -> Prepared | None:
+def _prepare(inputs: Inputs, proxy: Network, options: Options) -> Prepared | None:
     """What the backend in charge makes of such a call, or None; the checks are those of `semeda_loss`."""
     logits, target, valid, class_weight = inputs
     checks.check_options(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, cuda_ops, reference, triton_ops
-from .errors import BackendUnavailableError
-from .proxy.network import why_not_fused
-from .spec import LossSpec, LossTerms
-from .warn import warn_user
+from ..errors import BackendUnavailableError
+from ..spec import LossSpec, LossTerms
+from ..warn import warn_user
+from . import cpu, cuda, reference, triton
+from .fused import why_not_fused
 
 # (logits, target, valid, class_weight, weights, biases, spec) -> terms, differentiable in the logits; a backend
 # with checks_labels takes one argument more, whether to check them
@@ -51,7 +51,7 @@ class Backend:
         by_name_on: device types on which it runs only where it is named: an interpreter is for tests.
         upsamples: (logits, target) -> whether it takes these logits smaller than the target and scales them up itself
             (None: none of any size); else torch does it before.
-        prepare: makes one function of the loss and its reduction, for eager calls of a kind (see eager.py), or is None.
+        prepare: makes one function of the loss and its reduction, for eager calls of a kind (prepared.py), or is None.
         half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
         opt_in: whether an install has it on request alone, so that it is nothing to warn of where it is missing.
         why_slow: None, or why it is slower here than it could be, and what to do.
@@ -295,11 +295,11 @@ register(
 register(
     Backend(
         "cuda",
-        cuda_ops.run,
-        ("cpu",) if cuda_ops.emulated() else ("cuda",),  # an emulation reads no memory of a GPU
-        cuda_ops.why_unavailable,
-        cuda_ops.why_unsupported,
-        cuda_ops.why_failing,
+        cuda.run,
+        ("cpu",) if cuda.emulated() else ("cuda",),  # an emulation reads no memory of a GPU
+        cuda.why_unavailable,
+        cuda.why_unsupported,
+        cuda.why_failing,
         fused=True,
         checks_labels=True,
         by_name_on=("cpu",),
@@ -310,11 +310,11 @@ register(
 register(
     Backend(
         "triton",
-        triton_ops.run,
-        ("cuda", "xpu", "cpu") if triton_ops.interpreted() else ("cuda", "xpu"),
-        triton_ops.why_unavailable,
-        triton_ops.why_unsupported,
-        triton_ops.why_failing,
+        triton.run,
+        ("cuda", "xpu", "cpu") if triton.interpreted() else ("cuda", "xpu"),
+        triton.why_unavailable,
+        triton.why_unsupported,
+        triton.why_failing,
         fused=True,
         checks_labels=True,
         by_name_on=("cpu",),

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..spec import LossSpec
 from .config import FusedConfig, config_text, parse_config
-from .fused import FusedOps, Problem
+from .fused import FusedOps
+from .problem import Problem
 from .reference import loss_terms
-from .spec import LossSpec
 
 TRIAL_SIZE = (40, 100)  # for tiles of all kernels: with and without label edges, inside and at the border
 

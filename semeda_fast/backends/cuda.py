@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec import LossSpec
 from .config import FusedConfig, config_text, parse_config
-from .fused import FusedOps, Outputs, Problem, Saved, assert_labels, on_device, why_not_taken
+from .fused import FusedOps, assert_labels, on_device, why_not_taken
 from .native import CUDA_EMULATION, cuda_info, cuda_module, span
 from .params import add_gradients, describe, fill
-from .spec import LossSpec
+from .problem import Outputs, Problem, Saved
 from .trial import first_use
 
 WHOSE = "the CUDA kernels"
@@ -164,7 +165,7 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
             need = module.code_bytes(params)
             if need != outputs.codes.numel():
                 raise RuntimeError(
-                    f"the CUDA module writes {need} bytes of codes where cuda_ops.py has {outputs.codes.numel()}: they "
+                    f"the CUDA module writes {need} bytes of codes where cuda.py has {outputs.codes.numel()}: they "
                     "are of different versions; install semeda_fast again"
                 )
             params.codes = span(outputs.codes)

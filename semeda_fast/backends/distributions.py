@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .advice import Labels, distribution_advice, label_advice
-from .spec import LossSpec
+from ..advice import Labels, distribution_advice, label_advice
+from ..spec import LossSpec
 
 BELOW_ZERO = 1e-2  # so far a value may lie below 0; in the kernels, too
 

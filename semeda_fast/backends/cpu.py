@@ -5,21 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..spec import LossSpec
 from .config import FusedConfig, config_text, parse_config
 from .distributions import limit_for
-from .fused import FusedOps, Outputs, Problem, Saved, check_exchanged_labels, name_bad_labels, why_not_taken
+from .fused import FusedOps, check_exchanged_labels, name_bad_labels, why_not_taken
 from .memory import INPUTS, check_unchanged, facts_of
 from .native import native_info, native_module, place, span
 from .params import add_gradients, fill
-from .spec import LossSpec
-
-if TYPE_CHECKING:
-    from .eager import Inputs, Options
+from .problem import Inputs, Options, Outputs, Problem, Saved
 
 WHOSE = "the fused CPU kernels"
 MAX_CLASSES = 1024  # csrc/cpu/api.h
@@ -155,7 +153,7 @@ run = _operators.run
 
 
 class _PreparedCall:
-    """`eager.Prepared` by `EagerLoss` of csrc/cpu/eager.h, which writes and reads torch's scalars itself."""
+    """`problem.Prepared` by `EagerLoss` of csrc/cpu/eager.h, which writes and reads torch's scalars itself."""
 
     def __init__(self, inputs: Inputs, proxy: Sequence[Tensor], config_of_call: str, options: Options) -> None:
         module = native_module()

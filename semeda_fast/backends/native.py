@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .installation import PACKAGE, why_missing
+from ..installation import PACKAGE, why_missing
 
 # The path of the CUDA module that emulates a GPU on the CPU (tests/cuda_emulated.py), or "".
 CUDA_EMULATION = os.environ.get("SEMEDA_FAST_CUDA_EMULATION", "")

@@ -1,0 +1,122 @@
+"""One computation as plain data: what travels between the loss, its operators and its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .config import FusedConfig
+
+
+class Problem(NamedTuple):
+    """What both directions receive."""
+
+    logits: Tensor  # of the target's size, or smaller for a backend that scales them up
+    target: Tensor
+    valid: Tensor | None
+    class_weight: Tensor | None
+    flat: Tensor  # the proxy's weights, then its biases, each layer's flattened, fp32
+    config: FusedConfig
+
+
+class Outputs(NamedTuple):
+    """What forward returns; the first five as in LossTerms."""
+
+    ce: Tensor
+    semeda: Tensor
+    per_layer: Tensor
+    ce_weight: Tensor
+    valid_count: Tensor
+    codes: Tensor  # for backward alone, and empty where no gradient will be asked for
+    saved_d: Tensor
+
+    def take(self, terms: Tensor, counts: Tensor) -> None:
+        """Copy what kernels wrote, without waiting: terms [3 + L] fp32, counts [2] int64; maps are there already."""
+        if not self.ce.dim():
+            self.ce.copy_(terms[0])
+            self.semeda.copy_(terms[1])
+        self.ce_weight.copy_(terms[2])
+        self.per_layer.copy_(terms[3:])
+        self.valid_count.copy_(counts[0])
+
+
+class Saved(NamedTuple):
+    """Shapes and dtype of what is kept for backward."""
+
+    codes: tuple[Any, ...]  # uint8
+    saved_d: tuple[Any, ...]
+    dtype: torch.dtype  # of saved_d
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call."""
+
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
+    class_weight: Tensor | None
+
+
+class Options(NamedTuple):
+    """Of `semeda_loss`, by the same names and as its caller gave them, but for the distance, which is chosen."""
+
+    layer_weights: Sequence[float] | None
+    distance: str
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    mode: str
+    from_logits: bool
+    empty: str
+    upsample: str | None
+    backend: str
+    validate: str
+
+
+class Prepared(Protocol):
+    """What a backend makes of one kind of call: of inputs of these shapes, strides and dtypes, and of one proxy.
+
+    It holds no inputs. The proxy's tensors lie where they lay, but may hold other values in each call.
+    """
+
+    def forward(
+        self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """The loss [], what is kept for backward where `save` says so, and a record of this call."""
+
+    def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        """The gradient of the logits; d_loss: [] of the loss's dtype."""
+
+    def watched_backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
+        """The same by an operator, for whoever watches these, or asks for what only they can say."""
+
+
+class Network(Protocol):
+    """What a call reads of a proxy.
+
+    Attributes:
+        layers: one record a layer, with stride, dilation and pool.
+        weights, biases: [K_l, K_{l-1}, k, k] and [K_l] each.
+        layer_weights: w_l.
+        lost: whether the values are gone.
+    """
+
+    tap: str
+    layer_weights: tuple[float, ...]
+    lost: bool
+    _buffers: Any
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    @property
+    def weights(self) -> list[Tensor]: ...
+
+    @property
+    def biases(self) -> list[Tensor]: ...
+
+    def layer_scales(self, distance: str) -> tuple[float, ...]:
+        """s_l for this distance."""
