@@ -87,6 +87,7 @@ format: $(VENV)/.stamp-dev  ## Rewrite the sources in the project's format
 
 clean:  ## Remove what was built, and caches; the environment and results stay
 	rm -rf build dist *.egg-info semeda_fast/_C*.so semeda_fast/_C*.pyd
+	rm -f $(VENV)/.stamp-dev $(VENV)/.stamp-demo  # the next target compiles again, and does not go without
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find semeda_fast kernels csrc tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

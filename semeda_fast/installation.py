@@ -90,7 +90,8 @@ def _why_not_built(part: str, here: Path) -> str:
         # setuptools calls a wheel pure where no extension was so much as tried.
         if _same(Path(str(home)), here) and "Root-Is-Purelib: true" in (distribution.read_text("WHEEL") or ""):
             return "this copy was installed as pure Python, with SEMEDA_FAST_BUILD=none (or without pybind11)"
-    return "no working C++ compiler was found when this copy was installed"
+    cause = "no working C++ compiler was found when this copy was installed"
+    return f"{cause}, or the module was removed since, as `make clean` does" if is_source(here) else cause
 
 
 def _distributions() -> list[importlib.metadata.Distribution]:

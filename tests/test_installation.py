@@ -24,7 +24,7 @@ from semeda_fast.backends.native import CudaInfo, native_info
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NOTHING = "where nothing is built. Build it in place: "
 HIDES = "where it is not built, and not the copy in "
-NO_COMPILER = "no working C++ compiler was found when this copy was installed. "
+NO_COMPILER = "no working C++ compiler was found when this copy was installed"
 PURE = "installed as pure Python, with SEMEDA_FAST_BUILD=none"
 
 

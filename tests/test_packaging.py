@@ -364,6 +364,23 @@ def test_nothing_in_kernels_can_be_imported_under_a_second_name(tmp_path: Path) 
     assert "refused: No module named 'kernels.some_kernel'" in python(code, tmp_path, tmp_path)
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_what_make_cleans_away_it_builds_again(tmp_path: Path) -> None:
+    """Else the tests would run without the kernels, since the environment counts as complete."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    stamps = [tmp_path / "venv" / name for name in (".stamp-python", ".stamp-dev", ".stamp-demo")]
+    folders = [
+        tmp_path / name for name in ("venv", "semeda_fast", "kernels", "csrc", "tests", "examples", "benchmarks")
+    ]
+    for folder in folders:
+        folder.mkdir()
+    for stamp in stamps:
+        stamp.touch()
+    subprocess.run(["make", "clean", "VENV=venv"], cwd=tmp_path, check=True, capture_output=True)
+    assert [stamp.exists() for stamp in stamps] == [True, False, False]
+
+
 def test_torch_is_one_that_the_package_accepts() -> None:
     """The environment of the tests obeys the package's own range."""
     [torch_range] = [Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch")]
