@@ -181,13 +181,13 @@ class AsBefore:
         return self.parts
 
 
-def test_a_pickle_of_before_still_loads() -> None:
+def test_what_calls_left_behind_is_dropped_on_loading() -> None:
     criterion = used(plain())
     calls = eager._Calls()
     old = AsBefore(criterion, _options=eager.Options(**criterion._choices()))
     old.parts[2]["_modules"] = {"proxy": AsBefore(criterion.proxy, _calls=calls)}
     data = pickle.dumps(old)
-    assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.backends.prepared.Options"} <= names_in(data)
+    assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.backends.problem.Options"} <= names_in(data)
     loaded = pickle.loads(data)
     assert not {"_options", "_calls"} & {*vars(loaded), *vars(loaded.proxy)}
     logits, target = make_inputs()
