@@ -108,7 +108,7 @@ def test_the_reader_of_pickles_sees_what_is_imported() -> None:
         data = pickle.dumps([eager._Calls(), make_proxy().layers, eager._Calls()], protocol)
         assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.proxy.record.ProxyLayer"} <= names_in(data)
     assert not is_public("semeda_fast.backends.prepared._Calls")
-    assert not is_public("semeda_fast.backends.prepared.Options")
+    assert not is_public("semeda_fast.backends.problem.Saved")
     assert is_public("semeda_fast.loss.SemedaLoss")
     assert is_public("semeda_fast.proxy.record.ProxyLayer")
 

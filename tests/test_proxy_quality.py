@@ -10,6 +10,7 @@ import torch
 from numpy_form import Layer, rho, taps
 from torch import Tensor
 from torch.utils.data import Dataset
+from training_fixtures import scenes
 
 from semeda_fast import EdgeProxy, semeda_loss
 from semeda_fast.functional import LossComponents
@@ -270,3 +271,10 @@ def test_measuring_leaves_the_proxy_and_the_masks_alone_and_builds_no_graph() ->
     assert all(torch.equal(a, b) for a, b in zip(proxy.buffers(), before, strict=True))
     assert torch.equal(masks, kept)
     assert (proxy.scales, proxy.quality) == ({}, {})
+
+
+def test_autocast_around_it_changes_no_measurement() -> None:
+    proxy, masks = EdgeProxy.bundled(4), scenes(3)
+    expected = edge_quality(proxy, masks), measure_scales(proxy, masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (edge_quality(proxy, masks), measure_scales(proxy, masks)) == expected

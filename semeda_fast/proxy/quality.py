@@ -31,7 +31,8 @@ def edge_quality(
     for labels in _each(masks):
         valid = not_ignored(labels, ignore_index)
         truth = edge_labels(labels, radius=radius, ignore_index=ignore_index)
-        logits = proxy.edge_logits(one_hot(labels, valid, proxy.num_classes))
+        with torch.autocast(labels.device.type, enabled=False):
+            logits = proxy.edge_logits(one_hot(labels, valid, proxy.num_classes))
         found = (logits.argmax(dim=1) == proxy.edge_classes - 1) & valid
         hits += int((found & truth).sum())
         wrong += int((found & ~truth).sum())
@@ -68,7 +69,8 @@ def measure_scales(
         p = corrupted(labels, valid, q)
         pixels += int(valid.sum())
         for distance in DISTANCES:
-            maps = distance_maps(p, q, valid, proxy.weights, proxy.biases, _plain_spec(proxy, distance))
+            with torch.autocast(labels.device.type, enabled=False):
+                maps = distance_maps(p, q, valid, proxy.weights, proxy.biases, _plain_spec(proxy, distance))
             sums[distance] += torch.stack([m.double().sum() for m in maps])
     # A distance of 0 (masks of one class) measures nothing; 1 leaves the layer as it is.
     return {
