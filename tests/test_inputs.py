@@ -14,8 +14,9 @@ import torch
 from conftest import Case
 from helpers import NUM_CLASSES, VOID, make_inputs, make_proxy, value_and_grad
 from torch import Tensor, nn
+from training_fixtures import TINY, same, scenes
 
-from semeda_fast import EdgeProxy, SemedaLoss, semeda_loss
+from semeda_fast import EdgeProxy, SemedaLoss, semeda_loss, train_proxy
 from semeda_fast.proxy import MaskFolder, ProxyLayer, read_mask
 
 WEIGHT = [0.5, 2.0, 1.0, 0.25, 3.0]
@@ -103,6 +104,30 @@ def test_masks_take_no_bools_for_numbers(tmp_path: Path) -> None:
         MaskFolder(tmp_path, num_classes=True)
     with pytest.raises(TypeError, match="ignore_index must be an int, got True"):
         MaskFolder(tmp_path, num_classes=2, ignore_index=True)
+
+
+def test_numbers_of_train_proxy(tmp_path: Path) -> None:
+    masks = scenes(4)
+    number = np.int64
+    expected = train_proxy(masks, 4, **TINY)
+    options: dict[str, Any] = {
+        **TINY, "steps": number(5), "batch_size": number(4), "crop_size": number(12), "widths": number([4, 6]),
+        "seed": number(0), "radius": number(1), "noise": np.float64(0.1), "lr": np.float64(0.01),
+    }  # fmt: skip
+    found = train_proxy(masks, number(4), ignore_index=None, **options)
+    assert same(found, expected)
+    found.save(tmp_path / "proxy.safetensors")
+    assert EdgeProxy.load(tmp_path / "proxy.safetensors").provenance["steps"] == 5
+    assert same(train_proxy(masks, 4, ignore_index=number(255), **TINY), expected)
+    for name, value in (
+        ("num_classes", True),
+        ("ignore_index", True),
+        ("steps", 5.0),
+        ("seed", None),
+        ("columns", 9.0),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got"):
+            train_proxy(masks, **{"num_classes": 4, **TINY, name: value})  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------------------------
