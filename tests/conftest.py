@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -20,6 +23,12 @@ if not torch.cuda.is_available():
 else:  # the reference is judged as fp32, which cuDNN's default would round to 10 bits
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+# torch finds compiled graphs on the disk by the name of our operator, whatever its Python has become since: code of an
+# earlier state would pass for this one's. The processes of one run share a folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="semeda_fast-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import interpreted
 
