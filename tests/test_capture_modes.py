@@ -227,3 +227,37 @@ def test_value_and_gradient_by_vjp(case: Case) -> None:
     value, backward = torch.func.vjp(lambda z: criterion(z, target), logits)
     close(value, expected[0])
     close(backward(torch.ones_like(value))[0], expected[1])
+
+
+def of_images(criterion: SemedaLoss) -> Callable[..., Tensor]:
+    """The loss of each image."""
+    mapped: Callable[..., Tensor] = torch.func.vmap(lambda one, labels: criterion(one[None], labels[None]))
+    return mapped
+
+
+def gradients_of_images(criterion: SemedaLoss) -> Callable[..., Tensor]:
+    gradient = torch.func.grad(lambda one, labels: criterion(one[None], labels[None]))
+    mapped: Callable[..., Tensor] = torch.func.vmap(gradient)
+    return mapped
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, of_images, gradients_of_images])
+def test_torch_func_in_a_compiled_graph(case: Case, transform: Any) -> None:
+    function, inputs = transform(make_criterion(case)), other_logits(case)
+    torch.testing.assert_close(
+        torch.compile(function, fullgraph=True)(*inputs), function(*inputs), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_gradient_by_torch_func_of_an_exported_program(case: Case, decomposed: bool) -> None:
+    criterion = make_criterion(case)
+    program = torch.export.export(criterion, other_logits(case))
+    logits, target = other_logits(case, seed=6)
+    if decomposed and case.backend != "reference":
+        with pytest.raises(RuntimeError, match="setup_context"):  # of torch: it transforms no custom operator
+            torch.func.grad(program.run_decompositions().module())(logits, target)
+        return
+    captured = (program.run_decompositions() if decomposed else program).module()
+    close(torch.func.grad(captured)(logits, target), value_and_grad(criterion, logits, target)[1])

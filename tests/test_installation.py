@@ -187,7 +187,7 @@ def test_a_bare_source_folder_says_why_it_has_no_triton_kernels(
     monkeypatch.setattr(triton_ops, "why_missing", lambda part: installation.why_missing(part, here))
     triton_ops._load.cache_clear()
     try:
-        assert "nothing is built. Build it in place: python -m pip install -e" in triton_ops._load()[1]
+        assert "nothing is built. Build it in place: python -m pip install -e" in triton._load()[1]
     finally:
         triton_ops._load.cache_clear()
 
@@ -200,8 +200,8 @@ def test_parts_of_two_copies_do_not_mix(tmp_path: Path) -> None:
     """An install in place of one folder offers its compiled modules and its kernels to the Python code of another."""
     other = copy_source(tmp_path / "other")
     code = (
-        "import semeda_fast\nfrom semeda_fast import native, triton_ops\n"
-        "print(semeda_fast.__file__, native.native_info().reason, triton_ops._load()[1], sep='\\n')"
+        "import semeda_fast\nfrom semeda_fast.backends import native, triton\n"
+        "print(semeda_fast.__file__, native.native_info().reason, triton._load()[1], sep='\\n')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

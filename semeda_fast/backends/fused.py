@@ -305,8 +305,7 @@ class FusedOps:
             return self._run_backward(*inputs)
         if torch._C._len_torch_dispatch_stack():
             flops.announce(self._forward_op, self._backward_op)
-        by_function = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-        if by_function and self._takes_functions():
+        if torch._C._are_functorch_transforms_active() and self._takes_functions():
             d_logits: Tensor = _FunctionalBackward.apply(self, *inputs)
         else:
             d_logits = self._backward_op(*inputs)

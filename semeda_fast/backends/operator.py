@@ -101,6 +101,8 @@ def loss_terms(
 
 
 _library.impl("loss_terms", loss_terms, "CompositeImplicitAutograd")
+# Before a transform of torch.func takes the call apart: inside, only what is an operator itself could be transformed.
+_library.impl("loss_terms", loss_terms, "FuncTorchDynamicLayerFrontMode")
 
 
 def _choose(
@@ -144,7 +146,6 @@ def _for_onnx(backend: str, validate: str, distance: str) -> tuple[str, str]:
     return "reference", "never"
 
 
-@torch.library.custom_op("semeda_fast::check_values", mutates_args=())
 def _check_values(
     logits: Tensor,
     target: Tensor,
@@ -189,22 +190,16 @@ def look_at_values(logits: Tensor, target: Tensor, valid: Tensor | None, spec: L
         torch._assert_async(~bad_pixels(logits, v, spec).any(), values.assertion(logits, "probabilities"))
 
 
-@_check_values.register_fake
-def _(
-    logits: Tensor,
-    target: Tensor,
-    valid: Tensor | None,
-    ignore_index: int,
-    mode: str,
-    from_logits: bool,
-    always: bool,
-) -> Tensor:
+def _fake_check_values(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((), dtype=torch.float32)
 
 
-def _no_gradient(ctx: Any, d_guard: Tensor) -> tuple[None, ...]:
-    return (None,) * 7
-
-
-# Decompositions take the `detach` in front of it away.
-_check_values.register_autograd(_no_gradient)
+_library.define(
+    "check_values(Tensor logits, Tensor target, Tensor? valid, int ignore_index, str mode, bool from_logits, "
+    "bool always) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("check_values", _check_values, "CompositeExplicitAutograd")
+# No gradient goes through it. Decompositions take the `detach` in front of it away, and torch.func would not know how.
+_library.impl("check_values", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("semeda_fast::check_values", _fake_check_values, lib=_library)
