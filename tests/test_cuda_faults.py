@@ -122,9 +122,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("cuda_faults")
     headers = [importlib.import_module("pybind11").get_include(), sysconfig.get_paths()["include"]]
     include = [flag for path in headers for flag in ("-I", path)]
-    sources = [ROOT / "csrc" / "cuda" / "bindings.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"]
+    bindings = Path(os.environ[cuda_machine.VARIABLE]).with_name(cuda_emulated.KEPT)
+    sources = [] if bindings.is_file() else [ROOT / "csrc" / "cuda" / "bindings.cpp"]
+    sources.append(ROOT / "csrc" / "cuda" / "plan.cpp")
     sources += sorted((ROOT / "csrc" / "tests").glob("cuda_emulation_*.cpp"))
-    made = {source.name: folder / f"{source.stem}.o" for source in sources}
+    made = {"bindings.cpp": bindings} | {source.name: folder / f"{source.stem}.o" for source in sources}
     for source in sources:
         compile_with("-O0", *include, "-c", source, "-o", made[source.name])
     return made

@@ -219,7 +219,7 @@ def test_an_isolated_build_without_torch_gives_working_kernels(source: Path, tmp
     setup = source / "setup.py"
     probe = "import importlib.util\nassert importlib.util.find_spec('torch') is None, 'torch is there at build time'\n"
     text = setup.read_text(encoding="utf-8")
-    quick = text.replace('"-O3"', '"-O1"')  # the test of editable installs compiles with -O3
+    quick = text.replace('"-O3"', '"-O0"')  # what is under test does not depend on it, and it takes most of the time
     assert quick != text
     setup.write_text(quick.replace("import os\n", probe + "import os\n", 1), encoding="utf-8")
     assert probe in setup.read_text(encoding="utf-8")
