@@ -187,7 +187,7 @@ def test_a_bare_source_folder_says_why_it_has_no_triton_kernels(
     monkeypatch.setattr(triton_ops, "why_missing", lambda part: installation.why_missing(part, here))
     triton_ops._load.cache_clear()
     try:
-        assert "nothing is built. Build it in place: python -m pip install -e" in triton._load()[1]
+        assert "nothing is built. Build it in place: python -m pip install -e" in triton_ops._load()[1]
     finally:
         triton_ops._load.cache_clear()
 
