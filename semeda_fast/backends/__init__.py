@@ -3,6 +3,7 @@
 Nothing above imports below this file.
 """
 
+from .build import BUILD
 from .fused import why_not_fused
 from .native import cuda_info, native_info, native_module
 from .operator import loss_terms
@@ -24,6 +25,7 @@ from .registry import (
 from .warmup import warmup
 
 __all__ = [
+    "BUILD",
     "Backend",
     "BackendInfo",
     "BackendStatus",

@@ -29,7 +29,7 @@ _library.define(
     "loss_terms(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor[] weights, "
     "Tensor[] biases, float[] layer_weights, float[] layer_scales, int[] strides, int[] dilations, int[] pools, "
     "str tap, str distance, int ignore_index, float label_smoothing, str mode, bool from_logits, bool per_pixel, "
-    "bool upsample, str validate, str backend) -> "
+    "bool upsample, str validate, str backend, str build=\"\") -> "
     "(Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -57,8 +57,13 @@ def loss_terms(
     upsample: bool,
     validate: str,
     backend: str,
+    build: str = "",
 ) -> LossTerms:
-    """What `LossTerms` says, by the backend that `backends.choose` takes; the arguments are those of LossSpec."""
+    """What `LossTerms` says, by the backend that `backends.choose` takes; the arguments are those of LossSpec.
+
+    Args:
+        build: build.BUILD in a graph, for caches of compiled code alone.
+    """
     spec = LossSpec(
         layer_weights=tuple(layer_weights),
         layer_scales=tuple(layer_scales),
