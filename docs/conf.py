@@ -62,7 +62,9 @@ html_copy_source = False
 html_use_index = False
 html_domain_indices = False
 html_show_sphinx = False
-html_sidebars: dict[str, list[str]] = {page: [] for page in ("index", "start", "guarantees", "changelog", "contributing")}
+html_sidebars: dict[str, list[str]] = {
+    page: [] for page in ("index", "start", "guarantees", "changelog", "contributing")
+}
 html_context = {"default_mode": "auto"}  # said outright: left out, the theme complains in the console
 html_theme_options = {
     "header_links_before_dropdown": 8,
