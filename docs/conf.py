@@ -36,8 +36,9 @@ root_doc = "index"
 exclude_patterns = ["_static"]
 nitpicky = True
 # What belongs to other projects has no target here: their inventories would have to be downloaded.
+UNNAMED = r"Accelerator|ArrayLike|Dataset|Metric|NDArray|Tensor|int64|semeda_fast\.proxy\.record\..*"
 FOREIGN = "accelerate collections matplotlib nn np numpy os pathlib torch torchmetrics typing"
-nitpick_ignore_regex = [("py:.*", rf"({FOREIGN.replace(' ', '|')})\..*|Accelerator|Dataset|Metric|NDArray|Tensor")]
+nitpick_ignore_regex = [("py:.*", rf"({FOREIGN.replace(' ', '|')})\..*|{UNNAMED}")]
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 4
