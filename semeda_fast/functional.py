@@ -135,7 +135,8 @@ def semeda_loss(
                 valid_mask = valid_mask & labelled
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.
-    run = torch.ops.semeda_fast.loss_terms if torch.compiler.is_compiling() else ops.loss_terms
+    compiled = torch.compiler.is_compiling()
+    run = torch.ops.semeda_fast.loss_terms if compiled else ops.loss_terms
     terms = LossTerms(
         *run(
             logits,
@@ -159,6 +160,7 @@ def semeda_loss(
             upsample is not None,
             validate,
             backend,
+            ops.installation() if compiled else "",
         )
     )
     count = terms.valid_count if empty == "nan" else terms.valid_count.clamp(min=1)

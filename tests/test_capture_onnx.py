@@ -1,4 +1,4 @@
-"""torch.onnx.export, both ways: what the graph computes is eager's value; what it cannot hold is named with a remedy."""
+"""torch.onnx.export, both ways: the graph computes eager's value; what it cannot hold is named with a remedy."""
 
 from __future__ import annotations
 

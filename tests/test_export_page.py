@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def test_the_blocks_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     blocks = parse(TEXT)
     assert len(blocks) == TEXT.count("```python")
-    assert all(later.code.startswith(block.code) for block, later in zip(blocks, blocks[1:], strict=False))
+    assert all(later.code.startswith(block.code) for block, later in itertools.pairwise(blocks))
     assert run(blocks[-1], tmp_path, timeout=280) == ""  # which goes on where all before it ended
     made = {path.name for path in tmp_path.iterdir()}
     assert {"step.pt2", "step.onnx", "traced.onnx", "runs"} <= made
