@@ -43,7 +43,7 @@ inline void put(TensorView& view, const Place& place) {
 
 inline TensorView make_view(std::uintptr_t address, int dtype, const std::array<std::int64_t, 4>& strides,
                             std::int64_t offset, std::int64_t bytes) {
-    check_range("a dtype's code", dtype, 0, static_cast<int>(DType::i64));
+    check_range("a dtype's code", dtype, 0, static_cast<int>(DType::u16));
     TensorView view;
     view.dtype = static_cast<DType>(dtype);
     for (int i = 0; i < 4; ++i) view.stride[i] = strides[static_cast<std::size_t>(i)];

@@ -38,6 +38,7 @@ inline std::int64_t element_bytes(DType dtype) {
         case DType::bf16:
         case DType::f16:
         case DType::i16:
+        case DType::u16:
             return 2;
         case DType::i64:
             return 8;

@@ -144,8 +144,8 @@ def semeda_loss(
                 valid_mask = valid_mask & labelled
     layers = proxy.layers
     # The operator keeps the checks and the choice of a backend out of the compiler's sight.
-    graph = torch.compiler.is_compiling()
-    run = torch.ops.semeda_fast.loss_terms if graph else backends.loss_terms
+    compiled = torch.compiler.is_compiling()
+    run = torch.ops.semeda_fast.loss_terms if compiled else backends.loss_terms
     terms = LossTerms(
         *run(
             logits,
@@ -169,7 +169,7 @@ def semeda_loss(
             upsample is not None,
             validate,
             backend,
-            backends.BUILD if graph else "",
+            backends.installation() if compiled else "",
         )
     )
     count = terms.valid_count if empty == "nan" else terms.valid_count.clamp(min=1)

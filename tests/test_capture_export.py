@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from semeda_fast import SemedaLoss
+from semeda_fast.backends import registry as backends
+from semeda_fast.backends.config import config_text, parse_config
+from semeda_fast.spec import LossSpec
 
 
 def exported(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> ExportedProgram:
@@ -187,9 +190,6 @@ def test_backward_of_a_forward_that_kept_nothing_is_an_error(case: Case) -> None
     """As in a graph by some other tracer, which wrote down what one call without a gradient did."""
     if case.backend == "reference":
         pytest.skip("its graph is torch's")
-    from semeda_fast.backends.config import config_text
-    from semeda_fast.spec import LossSpec
-
     proxy = make_proxy().to(case.device)
     logits, target = make_inputs(device=case.device)
     flat = torch.cat([tensor.reshape(-1) for tensor in (*proxy.weights, *proxy.biases)])
@@ -198,3 +198,34 @@ def test_backward_of_a_forward_that_kept_nothing_is_an_error(case: Case) -> None
     ce = forward(logits, target, None, None, flat, config_text(proxy.weights, spec, True), False)[0]
     with pytest.raises(RuntimeError, match="no gradient was"):
         ce.backward()
+
+
+def test_torchs_cache_on_disk_keeps_no_graph_of_another_backend() -> None:
+    """Its key holds the operator's name and arguments, and "auto" is the same word on every installation."""
+    if "cpu" not in backends.available_names("cpu"):
+        pytest.skip("the CPU kernels are not built here")
+    from torch._inductor.utils import fresh_cache
+
+    criterion = make_criterion(Case("auto", "cpu"))
+    inputs = other_logits(Case("auto", "cpu"))
+    order = [backends.get(name) for name in backends.names() if name != "reference"]
+
+    def operators() -> set[str]:
+        torch.compiler.reset()
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            torch.compile(criterion, fullgraph=True)(*inputs)
+        return {event.key for event in profile.key_averages() if event.key.startswith("semeda_fast::")}
+
+    with fresh_cache():
+        assert "semeda_fast::cpu_forward" in operators()
+        backends.unregister("cpu")
+        try:
+            assert "semeda_fast::cpu_forward" not in operators()
+        finally:
+            for backend in order:
+                backends.register(backend)
+
+
+def test_a_graph_of_a_newer_version_is_named() -> None:
+    with pytest.raises(ValueError, match=r"another version of semeda_fast, which knows tomorrow; capture it again"):
+        parse_config('{"tomorrow": 1}')

@@ -3,10 +3,9 @@
 Nothing above imports below this file.
 """
 
-from .build import BUILD
 from .fused import why_not_fused
 from .native import cuda_info, native_info, native_module
-from .operator import loss_terms
+from .operator import installation, loss_terms
 from .prepared import eager_loss
 from .problem import Inputs, Options
 from .reference import distance_maps, features, not_ignored
@@ -25,7 +24,6 @@ from .registry import (
 from .warmup import warmup
 
 __all__ = [
-    "BUILD",
     "Backend",
     "BackendInfo",
     "BackendStatus",
@@ -39,6 +37,7 @@ __all__ = [
     "eager_loss",
     "features",
     "get",
+    "installation",
     "loss_terms",
     "names",
     "native_info",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -82,8 +82,17 @@ def _text(
 
 @functools.lru_cache(maxsize=256)
 def parse_config(text: str) -> FusedConfig:
-    """The FusedConfig that `config_text` wrote; floats come back bit for bit."""
+    """The FusedConfig that `config_text` wrote; floats come back bit for bit.
+
+    Raises:
+        ValueError: a newer version of this package wrote it.
+    """
     values: dict[str, Any] = {key: _frozen(value) for key, value in json.loads(text).items()}
+    if unknown := values.keys() - {field.name for field in fields(FusedConfig)}:
+        raise ValueError(
+            f"this graph was captured by another version of semeda_fast, which knows {', '.join(sorted(unknown))}; "
+            "capture it again with this one, or install the other"
+        )
     return FusedConfig(**values)
 
 

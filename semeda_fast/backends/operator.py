@@ -10,8 +10,11 @@ The dispatcher takes 40 us to walk a schema of twenty arguments, so eager code c
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ _library.define(
     "loss_terms(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor[] weights, "
     "Tensor[] biases, float[] layer_weights, float[] layer_scales, int[] strides, int[] dilations, int[] pools, "
     "str tap, str distance, int ignore_index, float label_smoothing, str mode, bool from_logits, bool per_pixel, "
-    "bool upsample, str validate, str backend, str build=\"\") -> "
+    "bool upsample, str validate, str backend, str made_by='') -> "
     "(Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -57,12 +60,11 @@ def loss_terms(
     upsample: bool,
     validate: str,
     backend: str,
-    build: str = "",
+    made_by: str = "",
 ) -> LossTerms:
     """What `LossTerms` says, by the backend that `backends.choose` takes; the arguments are those of LossSpec.
 
-    Args:
-        build: build.BUILD in a graph, for caches of compiled code alone.
+    `made_by` changes nothing but the key under which the compiler keeps its graphs on disk; see `installation`.
     """
     spec = LossSpec(
         layer_weights=tuple(layer_weights),
@@ -110,6 +112,28 @@ _library.impl("loss_terms", loss_terms, "CompositeImplicitAutograd")
 _library.impl("loss_terms", loss_terms, "FuncTorchDynamicLayerFrontMode")
 
 
+def installation() -> str:
+    """What decides what is made of the operator `loss_terms`, beside its arguments: our code, and who can run here.
+
+    Else torch.compile would take a graph from its cache on disk that another version has made, or another backend.
+    """
+    devices = ("cpu", "cuda", "xpu")
+    return f"{_sources()} {[backends.available_names(device) for device in devices]}"
+
+
+installation._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's, whose import takes seconds
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package's Python files."""
+    folder = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _choose(
     name: str,
     logits: Tensor,
@@ -145,8 +169,8 @@ def _for_onnx(backend: str, validate: str, distance: str) -> tuple[str, str]:
         )
     if distance == "smooth_l1" and torch.jit.is_tracing():
         raise ValueError(
-            "torch.onnx.export(dynamo=False) cannot translate torch's smooth_l1_loss, of distance='smooth_l1': "
-            "export with dynamo=True"
+            "torch.onnx.export(dynamo=False) cannot translate smooth_l1_loss of torch, which distance='smooth_l1' "
+            "takes; export with dynamo=True"
         )
     return "reference", "never"
 
