@@ -210,7 +210,7 @@ def test_the_program_that_asks_for_plans_refuses_half_a_line() -> None:
 @needs_compiler
 def test_a_proxy_that_no_kernel_knows_is_refused_by_the_plan() -> None:
     known, other = cuda_plan.ask(
-        "132 232448 233472 16 21 513 513 1 0 3 16 32 2\n132 232448 233472 16 21 513 513 1 0 1 8\n"
+        "132 232448 233472 16 21 513 513 1 0 3 16 32 2\n132 232448 233472 16 21 513 513 1 0 2 24 2\n"
     )
     assert known["rows"] > 0
     assert "this one is another" in other["refused"]

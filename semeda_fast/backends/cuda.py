@@ -188,6 +188,8 @@ def _backward(
     module = _module()
     params, keep = fill(module, problem)
     add_gradients(module, params, d_ce, d_semeda, d_logits)
+    if codes.data_ptr() % 2:  # vmap keeps those of several calls in one tensor, and kernels read words
+        codes = codes.clone()
     params.codes = span(codes)
     _queue(module.cuda_backward, params, problem.logits)
     del keep
