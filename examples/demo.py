@@ -3,7 +3,7 @@
     python examples/demo.py                                       on synthetic scenes
     python examples/demo.py --images DIR --masks DIR --num-classes N --ignore-index N
 
-It writes to demo-output/: the proxy, both runs, table.md and comparison.png. The two trainings are plain
+It writes to demo-output/: the proxy, both runs, table.md, comparison.png and windows.png. The two trainings are plain
 calls of examples/train.py, printed before they start. Running it again replaces what it wrote, nothing else.
 """
 
@@ -38,7 +38,7 @@ from semeda_fast.proxy.edges import edge_labels
 
 HERE = Path(__file__).resolve().parent
 MARKER = "made-by-semeda-fast-demo.txt"
-MINE = ("scenes", "proxy.safetensors", "ce", "ce+semeda", "table.md", "comparison.png", MARKER)
+MINE = ("scenes", "proxy.safetensors", "ce", "ce+semeda", "table.md", "comparison.png", "windows.png", MARKER)
 LOSSES = ("ce", "ce+semeda")
 BATCH = 4
 AREA = 96 * 128  # pixels per image that fit the time of a demo
@@ -236,6 +236,7 @@ def report(output: Path, train_set: Pairs, val_set: Pairs, seconds: dict[str, fl
         path.write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     say("Result")
     print(f"{table}\n\n{note}")
+    draw_windows(output, val_set)
     draw_comparison(output, val_set, list(found["ce"]["class_iou"]))
 
 
@@ -292,6 +293,33 @@ def draw_comparison(output: Path, val_set: Pairs, class_names: list[str]) -> Non
     with atomic_path(output / "comparison.png", overwrite=True) as path:
         figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_windows(output: Path, val_set: Pairs) -> None:
+    """windows.png: of each image of the comparison its window alone; the picture of the README."""
+    from matplotlib.figure import Figure
+
+    names = sorted(file.stem for file in (output / "ce" / "predictions").glob("*.png"))
+    index = {pair[1].stem: number for number, pair in enumerate(val_set.pairs)}
+    colours = palette(val_set.num_classes)
+    figure = Figure(figsize=(11, 2.25 * len(names)), layout="constrained", facecolor="white")
+    axes = figure.subplots(len(names), 4, squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        image, mask = val_set.read(index[name])
+        valid = mask != val_set.ignore_index
+        window = busiest_window(mask, val_set.ignore_index)
+        for axis, (_, labels) in zip(row, _columns(output, name, mask), strict=True):
+            picture = image if labels is None else paint(labels, colours, valid)
+            axis.imshow(picture[window], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if labels is not None and axis is not row[1]:
+                wrong = valid & (labels != mask)
+                _outline(axis, wrong[window])
+                axis.set_xlabel(f"wrong: {wrong[window].sum() / max(1, valid[window].sum()):.0%}")
+    for axis, title in zip(axes[0], ("image", "ground truth", "cross-entropy", "cross-entropy + SEMEDA"), strict=True):
+        axis.set_title(title)
+    with atomic_path(output / "windows.png", overwrite=True) as path:
+        figure.savefig(path, dpi=80, format="png")
 
 
 def busiest_window(mask: np.ndarray, ignore_index: int) -> tuple[slice, slice]:
