@@ -15,7 +15,7 @@ from .config import FusedConfig, config_text, parse_config
 from .distributions import limit_for
 from .fused import FusedOps, check_exchanged_labels, name_bad_labels, why_not_taken
 from .memory import INPUTS, check_unchanged, facts_of
-from .native import native_info, native_module, place, span
+from .native import native_info, native_module, span
 from .params import add_gradients, fill
 from .problem import Inputs, Options, Outputs, Problem, Saved
 
@@ -125,7 +125,7 @@ def _forward(problem: Problem, outputs: Outputs) -> None:
     params, keep = _params(problem)
     if outputs.codes.numel():
         params.codes, params.saved_d = span(outputs.codes), span(outputs.saved_d)
-    spans: list[tuple[int, int] | None] = [span(tensor) for tensor in outputs[:5]]
+    spans: list[tuple[int, int] | None] = [(tensor.data_ptr(), tensor.nbytes) for tensor in outputs[:5]]  # all new
     if config.per_pixel:
         params.ce_map, params.semeda_map = spans[:2]
         spans[:2] = None, None
@@ -183,10 +183,10 @@ class _PreparedCall:
         loss = inputs.logits.new_empty((), dtype=torch.float32)
         kept = inputs.logits.new_empty(self._kept_bytes, dtype=torch.uint8) if save else None
         record = self._native.forward(
-            _places(inputs, kept),
+            (*_places(inputs), None if kept is None else (kept.data_ptr(), 0, self._kept_bytes)),
             lambda_ce,
             lambda_semeda,
-            span(loss),
+            (loss.data_ptr(), loss.nbytes),
             torch.get_num_threads(),
         )
         if self._check_labels and record.bad_labels:
@@ -199,10 +199,10 @@ class _PreparedCall:
         d_logits = torch.empty_like(inputs.logits)
         try:
             bad = self._native.backward(
-                _places(inputs, kept),
+                _places((*inputs, kept)),
                 record,
                 span(d_loss),
-                place(d_logits),
+                (d_logits.data_ptr(), 0, d_logits.nbytes),
                 d_logits.stride(),
                 torch.get_num_threads(),
             )
@@ -234,8 +234,9 @@ def _layouts(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if tensor is None else (tensor.dtype, tensor.stride(), tensor.shape) for tensor in tensors]
 
 
-def _places(inputs: Inputs, kept: Tensor | None) -> tuple[tuple[int, int, int] | None, ...]:
-    return tuple([None if tensor is None else place(tensor) for tensor in (*inputs, kept)])
+def _places(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """`native.place` of each, without the call."""
+    return [None if t is None else (t.data_ptr(), t.storage_offset(), t.untyped_storage().nbytes()) for t in tensors]
 
 
 def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, options: Options) -> _PreparedCall | None:

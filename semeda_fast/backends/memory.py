@@ -99,11 +99,22 @@ def check_kept(expected: Saved, codes: Tensor, saved_d: Tensor) -> None:
             continue
         if not tensor.numel():
             raise RuntimeError(
-                "backward was asked for, but forward kept nothing for it, since no gradient was wanted where it ran or "
-                "was traced: run or trace it with gradients enabled and with logits that require one"
+                "backward was handed nothing that forward had saved, since no gradient was wanted where that ran "
+                "or was traced: run or trace it with gradients enabled and with logits that require one"
             )
         came = _described(tensor.shape, tensor.dtype, tensor.device)
         raise RuntimeError(f"{name}, which forward kept, must be {list(shape)} {dtype}, and is {came}. {REMEDY}")
+
+
+def check_upstream(problem: Problem, d_ce: Tensor, d_semeda: Tensor) -> None:
+    """The gradients of the terms, which are numbers, or maps where the terms are.
+
+    Raises:
+        ValueError: naming the tensor, what was expected and what came.
+    """
+    shape = (problem.logits.shape[0], *problem.target.shape[-2:]) if problem.config.per_pixel else ()
+    _expect("the gradient of ce", d_ce, shape)
+    _expect("the gradient of semeda", d_semeda, shape)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
