@@ -56,6 +56,9 @@ sanitize: $(VENV)/.stamp-python  ## Run the CPU kernels on odd shapes under the 
 sanitize-arm64: $(VENV)/.stamp-python  ## The same shapes on the kernels for arm64, in QEMU (needs g++ for aarch64)
 	CXX="$(ARM64_CXX)" $(BIN)/python csrc/tests/sanitize.py --build build/sanitize-arm64 --emulator "$(ARM64_EMULATOR)"
 
+fuzz-native: $(VENV)/.stamp-dev  ## Call every native function with right and wrong memory under the address sanitizer
+	$(if $(filter default,$(origin CXX)),,CXX="$(CXX)") $(BIN)/python csrc/tests/fuzz_native.py $(FUZZ_ARGS)
+
 demo: $(VENV)/.stamp-demo  ## Train with and without SEMEDA on synthetic scenes, print a table, draw a picture
 	$(BIN)/python examples/demo.py \
 	  $(if $(IMAGES),--images "$(IMAGES)") $(if $(MASKS),--masks "$(MASKS)") \
