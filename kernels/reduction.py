@@ -1,6 +1,6 @@
 """Sums of the tiles' partial sums, in an order that depends on the number of tiles alone.
 
-partial [rows, tiles] fp32     each row: cross-entropy, its divisor, valid pixels, bad labels, layer 1, 2, ...
+partial [rows, tiles] fp32     each row: cross-entropy, its divisor, valid pixels, bad targets, layer 1, 2, ...
 sums    [rows]        fp64
 """
 
@@ -28,7 +28,7 @@ def sum_kernel(partial, sums, tiles, BLOCK: tl.constexpr):
 def finish_kernel(
     sums,  # [4 + LAYERS]
     terms,  # [3 + LAYERS] fp32: cross-entropy, SEMEDA, cross-entropy's divisor, each layer without its weight
-    counts,  # [2] int64: valid pixels, bad labels
+    counts,  # [2] int64: valid pixels, those of a bad target
     w0,
     w1,
     w2,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 MANY = 32  # distinct wrong labels, from which on a map is no label map
@@ -130,7 +131,7 @@ def advice_on(
     labels: Tensor, num_classes: int, ignore_index: int | None, place: Place = CALL, binary: bool = False
 ) -> str:
     """`label_advice` for integer labels of any shape, of which some are neither a class nor ignore_index."""
-    present = [int(v) for v in labels.unique().tolist()]
+    present = [int(v) for v in labels.to(torch.int64).unique().tolist()]  # uint16 has no unique everywhere
     wrong = [v for v in present if v != ignore_index and not 0 <= v < num_classes]
     return label_advice(Labels(present, wrong, num_classes, ignore_index, place, binary))
 

@@ -37,7 +37,7 @@ class SemedaLoss(Float32Buffers):
 
     Args:
         proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.
-        num_classes: C; needed where no proxy is given (binary mode: 2), else checked against the proxy's.
+        num_classes: C, at least 2; needed where no proxy is given (binary mode: 2), else checked against the proxy's.
         lambda_ce: weight of cross-entropy.
         lambda_semeda: weight of the SEMEDA term, a number or a tensor of one element. Assign
             `criterion.lambda_semeda` between steps for a schedule; under torch.compile a number recompiles,
@@ -64,9 +64,9 @@ class SemedaLoss(Float32Buffers):
             the large logits nor their gradient is ever stored; elsewhere torch does it first. None: both have
             one size.
         backend: "auto", or "reference", "cpu", "triton", "cuda"; see `backend_info()`.
-        validate: "auto" checks label values at once on the CPU and by an asynchronous assert elsewhere;
-            "always" waits for the device and checks logits and soft targets too; "never" checks none (a
-            label that is no class then makes the loss NaN, it is never read out of bounds).
+        validate: "auto" checks labels, soft targets and probabilities at once on the CPU and by an asynchronous assert
+            elsewhere; "always" waits for the device, says what is wrong there, too, and checks logits; "never" checks
+            none (a label that is no class then makes the loss NaN, it is never read out of bounds).
 
     Shape:
         logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout (with upsample [N,C,h,w]); target
