@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import check_labels, validity
 from .config import FusedConfig, config_text, parse_config
-from .memory import INPUTS, REMEDY, check_consistent, check_kept, check_unchanged, facts_of
+from .memory import INPUTS, REMEDY, check_consistent, check_kept, check_unchanged, check_upstream, facts_of
 from .spec import LossSpec, LossTerms
 
 
@@ -175,8 +175,8 @@ class FusedOps:
             tags=tags,
         )
         for key in keys:
-            _library.impl(f"{name}_forward", self._run_forward, key)
-            _library.impl(f"{name}_backward", self._run_backward, key)
+            _library.impl(f"{name}_forward", self._checked_forward, key)
+            _library.impl(f"{name}_backward", self._checked_backward, key)
         full = f"semeda_fast::{name}"
         torch.library.register_fake(f"{full}_forward", self._fake_forward, lib=_library)
         torch.library.register_fake(f"{full}_backward", _fake_backward, lib=_library)
@@ -245,11 +245,23 @@ class FusedOps:
         save: bool,
     ) -> tuple[Tensor, ...]:
         settings = parse_config(config)
-        problem = Problem(logits, target, valid, class_weight, flat, settings)
-        check_consistent(problem)
         outputs = self.outputs(logits, target, settings, save)
-        self.forward(problem, outputs)
+        self.forward(Problem(logits, target, valid, class_weight, flat, settings), outputs)
         return tuple(outputs)
+
+    def _checked_forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        flat: Tensor,
+        config: str,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        """The same for callers of the operator, who may mix tensors; those that the loss hands over were checked."""
+        check_consistent(Problem(logits, target, valid, class_weight, flat, parse_config(config)))
+        return self._run_forward(logits, target, valid, class_weight, flat, config, save)
 
     def _fake_forward(
         self,
@@ -277,17 +289,37 @@ class FusedOps:
         config: str,
     ) -> Tensor:
         """The gradient of the logits, in their dtype and, where they are dense, their strides."""
-        problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
-        check_consistent(problem)
-        check_kept(self._saved(logits, target, problem.config), codes, saved_d)
         d_logits = torch.empty_like(logits)
+        problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
         d_ce, d_semeda = d_ce.to(torch.float32), d_semeda.to(torch.float32)
         self.backward(problem, codes, saved_d, d_ce, d_semeda, d_logits)
         return d_logits
 
+    def _checked_backward(
+        self,
+        d_ce: Tensor,
+        d_semeda: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
+        class_weight: Tensor | None,
+        flat: Tensor,
+        codes: Tensor,
+        saved_d: Tensor,
+        config: str,
+    ) -> Tensor:
+        """The same for callers of the operator; what forward kept may come from a graph that keeps nothing."""
+        problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
+        check_consistent(problem)
+        check_kept(self._saved(logits, target, problem.config), codes, saved_d)
+        check_upstream(problem, d_ce, d_semeda)
+        return self._run_backward(
+            d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d, config=config
+        )
+
     def _differentiate(self, ctx: Any, d_ce: Tensor | None, d_semeda: Tensor | None, *_: None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        if ctx.facts is not None:
+        if ctx.facts is not None and ctx.facts != facts_of(saved):
             check_unchanged(_SAVED, ctx.facts, saved)
         logits, target, valid, class_weight, flat, codes, saved_d = saved
         if ctx.target_at not in (None, target.data_ptr()):  # by `target.data = other`, or a hook gave a copy back
@@ -298,9 +330,14 @@ class FusedOps:
         if ctx.per_pixel and zero is not None:
             zero = zero.expand(target.shape[0], *target.shape[-2:])
         d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
-        d_logits = self.gradient(
-            d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d, config=ctx.config
-        )
+        try:
+            d_logits = self.gradient(
+                d_ce, d_semeda, logits, target, valid, class_weight, flat, codes, saved_d, config=ctx.config
+            )
+        except ValueError:  # memory was too small for its tensor
+            if ctx.facts is not None:
+                check_unchanged(_SAVED, ctx.facts, saved)
+            raise
         return d_logits, None, None, None, None, None, None
 
     def gradient(self, *tensors: Tensor | None, config: str) -> Tensor:
@@ -362,12 +399,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:
-        run = operators._run_forward if plain(inputs[:5]) else operators._forward_op
+        direct = plain(inputs[:5])
+        run = operators._run_forward if direct else operators._forward_op
         output: tuple[Tensor, ...] = run(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.operators = operators
         ctx.facts = facts_of((*inputs[:5], output[5], output[6]))
-        if run == operators._run_forward:
+        if direct:
             ctx.target_at = inputs[1].data_ptr()
         return output
 

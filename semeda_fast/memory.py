@@ -7,7 +7,7 @@ resized, nor what `saved_tensors_hooks` give back; a kernel that reads by addres
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ REMEDY = (
     "saved_tensors_hooks must give back what it was given"
 )
 
-Facts = tuple[Any, ...]  # of each tensor: shape, dtype, device; None for None
+Facts = list[tuple[torch.Size, torch.dtype, torch.device] | None]  # of each tensor
 
 
 def facts_of(tensors: Sequence[Tensor | None]) -> Facts:
     """What backward compares with."""
-    return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
 
 
 def check_unchanged(names: Sequence[str], before: Facts, tensors: Sequence[Tensor | None]) -> None:
@@ -39,7 +39,7 @@ def check_unchanged(names: Sequence[str], before: Facts, tensors: Sequence[Tenso
         RuntimeError: naming the tensor, what it was and what it is.
     """
     for name, fact, tensor in zip(names, before, tensors, strict=True):
-        if tensor is None:
+        if tensor is None or fact is None:
             continue
         if (tensor.shape, tensor.dtype, tensor.device) != fact:
             was, now = _described(*fact), _described(tensor.shape, tensor.dtype, tensor.device)
@@ -100,11 +100,22 @@ def check_kept(expected: Saved, codes: Tensor, saved_d: Tensor) -> None:
             continue
         if not tensor.numel():
             raise RuntimeError(
-                "backward was asked for, but forward kept nothing for it, since no gradient was wanted where it ran or "
+                "backward was handed nothing that forward had saved, since no gradient was wanted where that ran or "
                 "was traced: run or trace it with gradients enabled and with logits that require one"
             )
         came = _described(tensor.shape, tensor.dtype, tensor.device)
         raise RuntimeError(f"{name}, which forward kept, must be {list(shape)} {dtype}, and is {came}. {REMEDY}")
+
+
+def check_upstream(problem: Problem, d_ce: Tensor, d_semeda: Tensor) -> None:
+    """The gradients of the terms, which are numbers, or maps where the terms are.
+
+    Raises:
+        ValueError: naming the tensor, what was expected and what came.
+    """
+    shape = (problem.logits.shape[0], *problem.target.shape[-2:]) if problem.config.per_pixel else ()
+    _expect("the gradient of ce", d_ce, shape)
+    _expect("the gradient of semeda", d_semeda, shape)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -143,6 +143,17 @@ struct StoreEpilogue {
     Pixels unit(int number, bool) const { return {*this, number * UNIT}; }
 };
 
+// The gradient at labels that are no class; how many there are.
+inline int set_bad(const LabelRow& labels, int width, float* g) {
+    int count = 0;
+    for (int i = 0; i < width; ++i) {
+        if (!labels.bad[i]) continue;
+        g[i] = std::numeric_limits<float>::quiet_NaN();
+        ++count;
+    }
+    return count;
+}
+
 class BackwardTask {
   public:
     BackwardTask(const Plan& plan, std::int64_t task, void* scratch, bool zero, float* partial)
@@ -323,11 +334,7 @@ class BackwardTask {
             q = s_.q + x;
         }
         read_floats(p_.d_ce, win_.n, y, win_.xa + x, 1, width, s_.g + x, plan_.pitch);
-        for (int i = 0; labels.any_bad && i < width; ++i) {
-            if (!labels.bad[i]) continue;
-            s_.g[x + i] = std::numeric_limits<float>::quiet_NaN();
-            ++bad_;
-        }
+        if (labels.any_bad) bad_ += set_bad(labels, width, s_.g + x);
         backward_row(p_, cw_, labels, units, width, z + x, plan_.pitch,
                      features ? s_.d_p.row(y) + x : nullptr, plan_.pitch, scale_, q, s_.g + x);
         const float* d_z = z + (p_.binary ? plan_.pitch : 0) + x;

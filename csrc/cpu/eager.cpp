@@ -63,7 +63,8 @@ LossParams EagerLoss::with(const EagerTensors& tensors, const float* parameters)
     if (tensors.kept.is_given()) {
         auto* kept = static_cast<std::uint8_t*>(tensors.kept.data);
         p.codes = {kept, saved_d_at_};
-        p.saved_d = {reinterpret_cast<float*>(kept + saved_d_at_), parameters_at_ - saved_d_at_};
+        const std::int64_t bytes = parameters_at_ - saved_d_at_;
+        if (bytes > 0) p.saved_d = {reinterpret_cast<float*>(kept + saved_d_at_), bytes};
     }
     set_proxy(p, {parameters, parameter_bytes_});
     return p;

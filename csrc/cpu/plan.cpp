@@ -179,20 +179,28 @@ void cut(const LossParams& p, Plan& plan) {
     plan.units = static_cast<int>((plan.strip_width + 2 * halo) / UNIT);
 }
 
+// Planes of codes of one feature. l1, tap pre: sign (2 bits) and ReLU; tap post: off, or on with a sign, 2
+// bits; last layer: the sign.
+int planes_of_feature(const LossParams& p, int layer) {
+    const bool last = layer + 1 == p.layers;
+    if (p.distance != Distance::l1) return last ? 0 : 1;
+    return last ? 2 : p.tap == Tap::pre ? 3 : 2;
+}
+
+std::int64_t plane_bytes_of(const LossParams& p) { return (p.w + UNIT - 1) / UNIT * 2; }
+
+std::int64_t saved_pitch_of(const LossParams& p) { return round_up(p.w, UNIT); }
+
 void lay_out_codes(const LossParams& p, Plan& plan) {
-    const bool l1 = p.distance == Distance::l1;
     for (int l = 0; l < p.layers; ++l) {
-        const bool last = l + 1 == p.layers;
         plan.plane[l] = plan.planes;
-        // l1, tap pre: sign (2 bits) and ReLU; tap post: off, or on with a sign, 2 bits; last layer: the
-        // sign.
-        plan.planes_per_feature[l] = l1 ? (last ? 2 : p.tap == Tap::pre ? 3 : 2) : (last ? 0 : 1);
+        plan.planes_per_feature[l] = planes_of_feature(p, l);
         plan.planes += plan.planes_per_feature[l] * p.layer[l].out;
         plan.saved_plane[l] = plan.saved_planes;
-        plan.saved_planes += l1 ? 0 : p.layer[l].out;
+        plan.saved_planes += p.distance == Distance::l1 ? 0 : p.layer[l].out;
     }
-    plan.plane_bytes = (p.w + UNIT - 1) / UNIT * 2;
-    plan.saved_pitch = round_up(p.w, UNIT);
+    plan.plane_bytes = plane_bytes_of(p);
+    plan.saved_pitch = saved_pitch_of(p);
 }
 
 }  // namespace
@@ -364,15 +372,16 @@ Plan make_plan(const LossParams& p, bool backward, const Kernels& kernels, PlanM
 }
 
 std::int64_t code_bytes_per_row(const LossParams& p) {
-    Plan plan;
-    lay_out_codes(p, plan);
-    return plan.plane_bytes * plan.planes;
+    std::int64_t planes = 0;
+    for (int l = 0; l < p.layers; ++l) planes += planes_of_feature(p, l) * p.layer[l].out;
+    return plane_bytes_of(p) * planes;
 }
 
 std::int64_t saved_floats_per_row(const LossParams& p) {
-    Plan plan;
-    lay_out_codes(p, plan);
-    return plan.saved_pitch * plan.saved_planes;
+    if (p.distance == Distance::l1) return 0;
+    std::int64_t features = 0;
+    for (int l = 0; l < p.layers; ++l) features += p.layer[l].out;
+    return saved_pitch_of(p) * features;
 }
 
 }  // namespace semeda_fast
