@@ -123,13 +123,13 @@ def _saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
 def _forward(problem: Problem, outputs: Outputs) -> None:
     config = problem.config
     params, keep = _params(problem)
+    spans: list[tuple[int, int] | None] = [(tensor.data_ptr(), tensor.nbytes) for tensor in outputs]  # new, all of it
     if outputs.codes.numel():
-        params.codes, params.saved_d = span(outputs.codes), span(outputs.saved_d)
-    spans: list[tuple[int, int] | None] = [(tensor.data_ptr(), tensor.nbytes) for tensor in outputs[:5]]  # all new
+        params.codes, params.saved_d = spans[5:]
     if config.per_pixel:
         params.ce_map, params.semeda_map = spans[:2]
         spans[:2] = None, None
-    bad = native_module().cpu_forward(params, spans)
+    bad = native_module().cpu_forward(params, spans[:5])
     del keep
     if bad and config.check_labels:
         name_bad_labels(problem)
@@ -175,32 +175,33 @@ class _PreparedCall:
         self._check_labels = config.check_labels
         of_kept = torch.Size([self._kept_bytes])
         self._layouts = [*_layouts(inputs), (torch.uint8, (1,), of_kept)]
-        self._facts = (*facts_of(inputs), (of_kept, torch.uint8, logits.device))
+        self._facts = [*facts_of(inputs), (of_kept, torch.uint8, logits.device)]
 
     def forward(
         self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
     ) -> tuple[Tensor, Tensor | None, Any]:
         loss = inputs.logits.new_empty((), dtype=torch.float32)
         kept = inputs.logits.new_empty(self._kept_bytes, dtype=torch.uint8) if save else None
-        record = self._native.forward(
-            (*_places(inputs), None if kept is None else (kept.data_ptr(), 0, self._kept_bytes)),
-            lambda_ce,
-            lambda_semeda,
-            (loss.data_ptr(), loss.nbytes),
-            torch.get_num_threads(),
+        places = _places(inputs)
+        places.append(None if kept is None else (kept.data_ptr(), 0, self._kept_bytes))
+        result = self._native.forward(
+            places, lambda_ce, lambda_semeda, (loss.data_ptr(), loss.nbytes), torch.get_num_threads()
         )
-        if self._check_labels and record.bad_labels:
+        if self._check_labels and result.bad_labels:
             name_bad_labels(Problem(*inputs, loss, parse_config(self._config)))
-        return loss, kept, record
+        return loss, kept, (result, places)
 
     def backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
-        if _layouts((*inputs, kept)) != self._layouts:  # a hook has packed what was saved, and unpacked something else
+        result, places_before = record
+        places = _places((*inputs, kept))
+        # Elsewhere: a hook has packed what was saved, and unpacked something else; or `tensor.data = other`.
+        if places != places_before and _layouts((*inputs, kept)) != self._layouts:
             return self.watched_backward(inputs, kept, record, d_loss)
         d_logits = torch.empty_like(inputs.logits)
         try:
             bad = self._native.backward(
-                _places((*inputs, kept)),
-                record,
+                places,
+                result,
                 span(d_loss),
                 (d_logits.data_ptr(), 0, d_logits.nbytes),
                 d_logits.stride(),
@@ -215,7 +216,7 @@ class _PreparedCall:
 
     def watched_backward(self, inputs: Inputs, kept: Tensor, record: Any, d_loss: Tensor) -> Tensor:
         self._check_unchanged(inputs, kept)
-        d_ce, d_semeda = (d_loss * factor for factor in self._native.seeds(record, 1.0))
+        d_ce, d_semeda = (d_loss * factor for factor in self._native.seeds(record[0], 1.0))
         saved_d_at, parameters_at = self._native.saved_d_at, self._native.parameters_at
 
         def part(begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -405,12 +405,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operators: FusedOps, *inputs: Any) -> tuple[Tensor, ...]:
-        run = operators._run_forward if plain(inputs[:5]) else operators._forward_op
+        direct = plain(inputs[:5])
+        run = operators._run_forward if direct else operators._forward_op
         output: tuple[Tensor, ...] = run(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.operators = operators
         ctx.facts = facts_of((*inputs[:5], output[5], output[6]))
-        if run == operators._run_forward:
+        if direct:
             ctx.target_at = inputs[1].data_ptr()
         return output
 

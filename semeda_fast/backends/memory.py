@@ -7,7 +7,6 @@ resized, nor what `saved_tensors_hooks` give back; a kernel that reads by addres
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,12 @@ REMEDY = (
     "saved_tensors_hooks must give back what it was given"
 )
 
-Facts = tuple[Any, ...]  # of each tensor: shape, dtype, device; None for None
+Facts = list[tuple[torch.Size, torch.dtype, torch.device] | None]  # of each tensor
 
 
 def facts_of(tensors: Sequence[Tensor | None]) -> Facts:
     """What backward compares with."""
-    return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
 
 
 def check_unchanged(names: Sequence[str], before: Facts, tensors: Sequence[Tensor | None]) -> None:
@@ -38,7 +37,7 @@ def check_unchanged(names: Sequence[str], before: Facts, tensors: Sequence[Tenso
         RuntimeError: naming the tensor, what it was and what it is.
     """
     for name, fact, tensor in zip(names, before, tensors, strict=True):
-        if tensor is None:
+        if tensor is None or fact is None:
             continue
         if (tensor.shape, tensor.dtype, tensor.device) != fact:
             was, now = _described(*fact), _described(tensor.shape, tensor.dtype, tensor.device)

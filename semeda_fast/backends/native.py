@@ -144,21 +144,20 @@ def dtype_code(dtype: torch.dtype) -> int:
 def tensor_view(module: Any, tensor: Tensor) -> Any:
     """Place, dtype and strides of [N,C,H,W], [N,H,W] or []: what lacks a dimension repeats along it."""
     strides = tensor.stride()
-    if len(strides) == 3:
-        strides = (strides[0], 0, *strides[1:])
-    address, offset, num_bytes = place(tensor)
-    return module.View(address, dtype_code(tensor.dtype), list(strides or (0, 0, 0, 0)), offset, num_bytes)
+    if len(strides) != 4:
+        strides = (strides[0], 0, *strides[1:]) if strides else (0, 0, 0, 0)
+    offset, num_bytes = tensor.storage_offset(), tensor.untyped_storage().nbytes()
+    return module.View(tensor.data_ptr(), _DTYPES[tensor.dtype], strides, offset, num_bytes)
 
 
-def place(tensor: Tensor) -> tuple[int, int, int]:
+def place(tensor: Tensor) -> Any:
     """Where a tensor lies: its address, the elements of its storage in front of it, the storage's bytes in all."""
-    return tensor.data_ptr(), int(tensor.storage_offset()), tensor.untyped_storage().nbytes()
+    return tensor.data_ptr(), tensor.storage_offset(), tensor.untyped_storage().nbytes()
 
 
-def span(tensor: Tensor) -> tuple[int, int]:
+def span(tensor: Tensor) -> Any:
     """Where a contiguous tensor lies: its address, and the bytes of its storage from there on."""
-    num_bytes = tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.itemsize
-    return tensor.data_ptr(), num_bytes
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
 
 
 def has_bad_label(target: Tensor, valid: Tensor | None, num_classes: int, ignore_index: int) -> bool | None:

@@ -64,7 +64,7 @@ def eager_loss(
     buffers = proxy._buffers
     tensors: list[Tensor] = [buffers[name] for name in _names(len(proxy.layers))]
     state = (
-        [(id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad) for t in tensors],
+        [(id(t), t.data_ptr(), t.untyped_storage().nbytes(), t.shape, t.stride(), t.requires_grad) for t in tensors],
         proxy.layers,
         proxy.tap,
         proxy.layer_weights,
