@@ -22,6 +22,7 @@ from .trial import first_use
 
 WHOSE = "the CUDA kernels"
 MAX_CLASSES = 256  # csrc/cuda/api.h
+CODES_ALIGNMENT = 2  # csrc/cuda/plan.cpp
 _INSTEAD = "use backend='auto' or 'reference'"
 
 
@@ -187,6 +188,8 @@ def _backward(
     module = _module()
     params, keep = fill(module, problem)
     add_gradients(module, params, d_ce, d_semeda, d_logits)
+    if codes.data_ptr() % CODES_ALIGNMENT:  # one image's of a batch, as vmap cuts them
+        codes = codes.clone()
     params.codes = span(codes)
     _queue(module.cuda_backward, params, problem.logits)
     del keep

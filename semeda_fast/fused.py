@@ -322,7 +322,8 @@ class FusedOps:
         if ctx.facts is not None and ctx.facts != facts_of(saved):
             check_unchanged(_SAVED, ctx.facts, saved)
         logits, target, valid, class_weight, flat, codes, saved_d = saved
-        if ctx.target_at not in (None, target.data_ptr()):  # by `target.data = other`, or a hook gave a copy back
+        # By `target.data = other`, or a hook gave a copy back.
+        if ctx.target_at is not None and ctx.target_at != target.data_ptr():
             problem = Problem(logits, target, valid, class_weight, flat, parse_config(ctx.config))
             if problem.config.check_labels and not target.is_floating_point():
                 check_exchanged_labels(problem)
