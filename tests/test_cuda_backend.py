@@ -66,8 +66,8 @@ class Module:
         self.refusal = ""
         self.code_bytes_off = 0
 
-    def View(self, address: int, dtype: int, strides: list[int], offset: int, num_bytes: int) -> tuple[Any, ...]:
-        return address, dtype, strides, offset, num_bytes
+    def View(self, address: int, dtype: int, strides: Any, offset: int, num_bytes: int) -> tuple[Any, ...]:
+        return address, dtype, list(strides), offset, num_bytes
 
     def why_unavailable(self) -> str:
         return "the driver is too old"
