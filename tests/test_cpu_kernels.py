@@ -250,7 +250,9 @@ def test_binary_mode(channels: int, dtype: torch.dtype) -> None:
         options: dict[str, Any] = {"ignore_index": VOID}
     else:
         options = {"valid_mask": target != VOID}
-        target = torch.rand(2, channels, 19, 21, generator=torch.Generator().manual_seed(3))
+        target = torch.rand(2, 1, 19, 21, generator=torch.Generator().manual_seed(3))
+        if channels == 2:
+            target = torch.cat([1 - target, target], dim=1)
     proxy = proxy_of(2, [(16, 3), (2, 3)])
     check(logits, target, proxy, mode="binary", label_smoothing=0.1, weight=torch.tensor([0.5, 2.0]), **options)
 

@@ -11,8 +11,8 @@ from conftest import Case
 from helpers import NUM_CLASSES, make_inputs, make_proxy, value_and_grad
 from torch import Tensor
 
-from semeda_fast import SemedaLoss, checks, semeda_loss
-from semeda_fast.backends import fused
+from semeda_fast import SemedaLoss, semeda_loss
+from semeda_fast.backends import fused, values
 from semeda_fast.backends import operator as ops
 from semeda_fast.backends.config import parse_config
 from semeda_fast.backends.problem import Problem
@@ -243,6 +243,6 @@ def test_on_a_gpu_an_asynchronous_assert_says_it(monkeypatch: pytest.MonkeyPatch
     ]  # fmt: skip
     assert "target with" in texts[0]
     assert "probabilities with" in texts[4]
-    assert all(text == checks.assertion(target) for text in texts[:1])
+    assert all(text == values.assertion(target) for text in texts[:1])
     assert all("validate='always'" in text for text in texts)
     assert all(condition.device.type == "meta" for condition, _ in said)

@@ -285,6 +285,8 @@ class FusedOps:
         """The gradient of the logits, in their dtype and, where they are dense, their strides."""
         d_logits = torch.empty_like(logits)
         problem = Problem(logits, target, valid, class_weight, flat, parse_config(config))
+        if not (codes.numel() or saved_d.numel()):  # kernels would read past their ends
+            check_kept(self._saved(logits, target, problem.config), codes, saved_d)
         d_ce, d_semeda = d_ce.to(torch.float32), d_semeda.to(torch.float32)
         self.backward(problem, codes, saved_d, d_ce, d_semeda, d_logits)
         return d_logits
