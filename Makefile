@@ -24,7 +24,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test docs docs-look docs-pictures sanitize sanitize-arm64 demo bench bench-steps bench-full gpu lint format clean
+.PHONY: help test docs docs-look docs-pictures sanitize sanitize-arm64 fuzz-native demo bench bench-steps bench-full gpu lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile

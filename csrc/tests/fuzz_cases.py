@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fuzz_memory import Arena
+from fuzz_memory import ELEMENT, Arena
 from fuzz_problems import FORWARD, READ, Problem
 from hypothesis import strategies as st
 
@@ -68,10 +68,10 @@ def view(module: Any, draw: st.DrawFn) -> Iterator[Case]:
     """Constructor of View."""
     right: list[Any] = [64, 0, [1, 2, 3, 4], 0, 16]
     yield "", without_memory(module.View, *right)
-    yield "", without_memory(module.View, 0, 7, [0, 0, 0, 0], 0, 0)
+    yield "", without_memory(module.View, 0, len(ELEMENT) - 1, [0, 0, 0, 0], 0, 0)
     wrong: dict[int, tuple[Any, ...]] = {
         0: (-1, 2**64, None),
-        1: (-1, 8, 2**31 - 1, 2**40),
+        1: (-1, len(ELEMENT), 2**31 - 1, 2**40),
         2: ([], [1, 2, 3], [1, 2, 3, 2**63], None),
         3: (-1, 2**60, 2**63),
         4: (2**63, None),

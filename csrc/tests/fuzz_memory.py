@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-F32, BF16, F16, U8, I8, I16, I32, I64 = range(8)  # DType of csrc/params.h
-ELEMENT = (4, 2, 2, 1, 1, 2, 4, 8)
-FLOATS, INTEGERS = (F32, BF16, F16), (U8, I8, I16, I32, I64)
+F32, BF16, F16, U8, I8, I16, I32, I64, U16 = range(9)  # DType of csrc/params.h
+ELEMENT = (4, 2, 2, 1, 1, 2, 4, 8, 2)
+FLOATS, INTEGERS = (F32, BF16, F16), (U8, I8, I16, I32, I64, U16)
 HUGE = 2**61
 
 _libc = ctypes.CDLL(None)

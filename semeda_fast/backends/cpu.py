@@ -173,6 +173,7 @@ class _PreparedCall:
         self._saved = _saved(logits, inputs.target, config)
         self._config = config_of_call
         self._check_labels = config.check_labels
+        self._like_loss = logits.new_empty((), dtype=torch.float32, requires_grad=False)
         of_kept = torch.Size([self._kept_bytes])
         self._layouts = [*_layouts(inputs), (torch.uint8, (1,), of_kept)]
         self._facts = [*facts_of(inputs), (of_kept, torch.uint8, logits.device)]
@@ -180,7 +181,7 @@ class _PreparedCall:
     def forward(
         self, inputs: Inputs, lambda_ce: float, lambda_semeda: float, save: bool
     ) -> tuple[Tensor, Tensor | None, Any]:
-        loss = inputs.logits.new_empty((), dtype=torch.float32)
+        loss = torch.empty_like(self._like_loss)  # half the time of `new_empty` with a dtype
         kept = inputs.logits.new_empty(self._kept_bytes, dtype=torch.uint8) if save else None
         places = _places(inputs)
         places.append(None if kept is None else (kept.data_ptr(), 0, self._kept_bytes))
