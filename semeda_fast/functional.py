@@ -143,7 +143,8 @@ def general_loss(
     call, shape = Call(logits, target, valid_mask, weight, pos_weight, pixel_weight), None
     if many or not is_plain(logits, target, options):
         call, options, shape = folded(call, options)
-        if more is None and call.weight is None and not return_components and not torch.compiler.is_compiling():
+        short = more is None and call.weight is None and call.logits.dim() == 4
+        if short and not return_components and not torch.compiler.is_compiling():
             loss = eager_loss(Inputs(*call[:4]), proxy, lambda_ce, lambda_semeda, options)
             if loss is not None:
                 return loss
@@ -184,11 +185,11 @@ def general_loss(
 def _terms(call: Call, proxy: EdgeProxy, options: LossOptions) -> LossTerms:
     """Of images; as maps where they are still to be weighted."""
     logits, target, valid_mask = call.logits, call.target, call.valid
-    if options.mode == "binary" and target.dim() == 4 and size_of(target, 1) == 1:
+    if options.mode == "binary" and target.dim() == logits.dim() and size_of(target, -3) == 1:
         if not target.is_floating_point():
-            target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
+            target = target.squeeze(-3)  # the shape that BCEWithLogitsLoss takes
         else:
-            labelled = target.squeeze(1) != options.ignore_index  # void as such targets have it, beside probabilities
+            labelled = target.squeeze(-3) != options.ignore_index  # void as such targets have it, beside probabilities
             if valid_mask is None:
                 valid_mask = labelled
             elif untraced(_fits, valid_mask, labelled):  # else the checks object to it

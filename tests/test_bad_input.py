@@ -97,12 +97,7 @@ def shapes(logits: torch.Tensor, target: torch.Tensor) -> dict[str, tuple[torch.
         "complex logits": (logits.to(torch.complex64), target, TypeError, "complex64"),
         "size mismatch": (logits[..., :8, :8], target, ValueError, r"\[2,8,8\].*\[2, 13, 17\].*upsample='bilinear'"),
         "batch mismatch": (logits[:1], target, ValueError, r"\[1,13,17\].*\[2, 13, 17\]"),
-        "channels in labels": (
-            logits,
-            target.unsqueeze(1).repeat(1, 2, 1, 1),
-            ValueError,
-            r"\[2,13,17\].*\[2, 2, 13, 17\]",
-        ),
+        "channels in labels": (logits, torch.stack([target] * 2, 1), ValueError, r"\[2,13,17\].*\[2, 2, 13, 17\]"),
         "float labels": (logits, target.float(), ValueError, r"distribution .*target.long"),
         "uint32 labels": (logits, target.to(torch.uint32), TypeError, r"torch.uint32; pass target.to\(torch.int64\)"),
         "uint64 labels": (logits, target.to(torch.uint64), TypeError, r"torch.uint64; pass target.to\(torch.int64\)"),

@@ -188,10 +188,6 @@ def test_maps_have_the_targets_shape(case: Case, mode: str, slice_dim: int) -> N
     assert (maps[target == VOID] == 0).all()
     criterion.reduction = "sum"
     torch.testing.assert_close(maps.sum(), criterion(logits, target), rtol=1e-5, atol=1e-4)
-    criterion.reduction = "mean"
-    logits[..., 0] = 0
-    again = make(case, 2 if many else NUM_CLASSES, mode=mode, slice_dim=slice_dim, reduction="none")(logits, target)
-    assert ((again != maps).flatten(0, -2).any(dim=0)).nonzero().max() <= (W if slice_dim != 4 else 0)
 
 
 @pytest.mark.parametrize("mode", ["multiclass", "multilabel"])
@@ -204,7 +200,7 @@ def test_small_logits_of_a_volume(case: Case, mode: str) -> None:
     large = large.unflatten(0, (N, D)).transpose(1, 2)
     criterion_of_large = make(case, 2 if many else NUM_CLASSES, mode=mode)
     torch.testing.assert_close(criterion(logits, target), criterion_of_large(large, target), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="slice|upsample"):
+    with pytest.raises(ValueError, match=r"slice|upsample"):
         criterion(logits[:, :, :2], target)
 
 
@@ -322,9 +318,8 @@ def test_random_configurations(backend: str) -> None:
             logits, target = planes((n, c, *sizes), data.draw(st.booleans()), True, number)
             criterion = SemedaLoss(make_proxy(2), mode="multilabel", slice_dim=dim, **options)
             fold = SemedaLoss(make_proxy(2), mode="binary", **options)
-            images = [
-                (x.movedim(dim, 2) if deep else x).reshape(-1, 1, *_of_slice(sizes, dim)) for x in (logits, target)
-            ]
+            both = [x.movedim(dim, 2) if deep else x for x in (logits, target)]
+            images = [x.reshape(-1, 1, *_of_slice(sizes, dim)) for x in both]
         else:
             c += 1
             logits = torch.randn((n, c, *sizes), generator=rng(number))
