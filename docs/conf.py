@@ -45,7 +45,6 @@ myst_heading_anchors = 4
 myst_dmath_double_inline = True
 
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 60
 napoleon_numpy_docstring = False
