@@ -1,7 +1,7 @@
 """Argument checks: each error says what was expected, what came and what to do.
 
-`check_options` looks at configuration, `check_tensors` at tensors' metadata (no device is waited for),
-`check_values` at what the tensors hold.
+`check_tensors` looks at tensors' metadata, and waits for no device; options.py has the checks of the options, and
+backends/values.py those of what tensors hold.
 """
 
 from __future__ import annotations
@@ -14,42 +14,10 @@ from torch import Tensor
 
 from . import shapes
 from .capture import untraced
-from .plain import void_label
-from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
+from .spec import LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool)
-
-
-def check_options(
-    *,
-    lambda_ce: float | Tensor,
-    lambda_semeda: float | Tensor,
-    distance: str | None,
-    ignore_index: int | None,
-    label_smoothing: float,
-    reduction: str,
-    mode: str,
-    empty: str,
-    upsample: str | None,
-    validate: str,
-) -> None:
-    """Raise ValueError or TypeError for a configuration that means nothing."""
-    check_lambda("lambda_ce", lambda_ce)
-    check_lambda("lambda_semeda", lambda_semeda)
-    if distance is not None:
-        _check_choice("distance", distance, DISTANCES)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("mode", mode, MODES)
-    _check_choice("empty", empty, EMPTY)
-    _check_choice("validate", validate, VALIDATE)
-    if upsample is not None and upsample not in UPSAMPLE:
-        raise ValueError(f"upsample must be None or {', '.join(map(repr, UPSAMPLE))}, got {upsample!r}")
-    void_label(ignore_index)
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
 
 def check_lambda(name: str, value: float | Tensor) -> None:
@@ -229,8 +197,3 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
             f"labels must have the shape [{n},{h},{w}] for logits of shape {list(logits.shape)}, "
             f"got {list(target.shape)}" + (f"; {remedy}" if remedy else "")
         )
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, checks
-from .backends import Inputs, Options, eager_loss
+from .backends import Inputs, eager_loss
 from .capture import size_of, untraced
-from .checks import check_layer_weights
-from .plain import class_weights, void_label
+from .options import LossKeywords, LossOptions, options_of, takes_options
+from .plain import class_weights
 from .proxy.network import EdgeProxy
 from .spec import LossTerms
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from typing_extensions import Unpack
 
 __all__ = ["DEFAULT_LAMBDA_SEMEDA", "LossComponents", "semeda_loss"]
 
@@ -44,6 +44,7 @@ class LossComponents(NamedTuple):
     valid_count: Tensor
 
 
+@takes_options
 def semeda_loss(
     logits: Tensor,
     target: Tensor,
@@ -52,19 +53,9 @@ def semeda_loss(
     valid_mask: Tensor | None = None,
     lambda_ce: float | Tensor = 1.0,
     lambda_semeda: float | Tensor | None = None,
-    layer_weights: Sequence[float] | None = None,
-    distance: str | None = None,
     weight: Tensor | ArrayLike | None = None,
-    ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    mode: str = "multiclass",
-    from_logits: bool = True,
-    empty: str = "zero",
-    upsample: str | None = None,
-    backend: str = "auto",
-    validate: str = "auto",
     return_components: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> Tensor | LossComponents:
     """Cross-entropy plus SEMEDA; the functional twin of `SemedaLoss`, where every option is described.
 
@@ -90,88 +81,57 @@ def semeda_loss(
             "load one with EdgeProxy.load(path) or EdgeProxy.bundled(num_classes)"
         )
     checks.check_are_tensors(logits, target, valid_mask)
+    given = options_of(options, proxy.distance, "semeda_loss()")
+    if weight is not None and not isinstance(weight, Tensor):
+        weight = class_weights(weight, logits.device)
+    if lambda_semeda is None:
+        lambda_semeda = default_lambda(given.distance)
+    inputs = Inputs(logits, target, valid_mask, weight)
+    if not return_components and not torch.compiler.is_compiling():
+        checks.check_lambda("lambda_ce", lambda_ce)
+        checks.check_lambda("lambda_semeda", lambda_semeda)
+        loss = eager_loss(inputs, proxy, lambda_ce, lambda_semeda, given)
+        if loss is not None:
+            return loss
+    return general_loss(inputs, proxy, lambda_ce, lambda_semeda, given, return_components)
+
+
+def general_loss(
+    inputs: Inputs,
+    proxy: EdgeProxy,
+    lambda_ce: float | Tensor,
+    lambda_semeda: float | Tensor,
+    options: LossOptions,
+    return_components: bool,
+) -> Tensor | LossComponents:
+    """`semeda_loss` for what the short way of `backends.eager_loss` does not serve; checks all but the proxy."""
+    logits, target, valid_mask, weight = inputs
+    checks.check_are_tensors(logits, target, valid_mask)
     if proxy.lost:
         raise RuntimeError(
             "the proxy's weights are gone: it was on the meta device before to_empty(), and checkpoints do not hold "
             "it; build the SemedaLoss (or the EdgeProxy) again"
         )
-    if type(ignore_index) is not int:
-        ignore_index = void_label(ignore_index)
-    if weight is not None and not isinstance(weight, Tensor):
-        weight = class_weights(weight, logits.device)
-    chosen = proxy.distance if distance is None else distance
-    if lambda_semeda is None:
-        lambda_semeda = default_lambda(chosen)
-    if not return_components and not torch.compiler.is_compiling():
-        checks.check_lambda("lambda_ce", lambda_ce)
-        checks.check_lambda("lambda_semeda", lambda_semeda)
-        options = Options(
-            layer_weights,
-            chosen,
-            ignore_index,
-            label_smoothing,
-            reduction,
-            mode,
-            from_logits,
-            empty,
-            upsample,
-            backend,
-            validate,
-        )
-        loss = eager_loss(Inputs(logits, target, valid_mask, weight), proxy, lambda_ce, lambda_semeda, options)
-        if loss is not None:
-            return loss
-    checks.check_options(
-        lambda_ce=lambda_ce,
-        lambda_semeda=lambda_semeda,
-        distance=distance,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        mode=mode,
-        empty=empty,
-        upsample=upsample,
-        validate=validate,
-    )
-    if mode == "binary" and target.dim() == 4 and size_of(target, 1) == 1:
+    checks.check_lambda("lambda_ce", lambda_ce)
+    checks.check_lambda("lambda_semeda", lambda_semeda)
+    options.check()
+    if options.mode == "binary" and target.dim() == 4 and size_of(target, 1) == 1:
         if not target.is_floating_point():
             target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
         else:
-            labelled = target.squeeze(1) != ignore_index  # void as such targets have it, beside probabilities
+            labelled = target.squeeze(1) != options.ignore_index  # void as such targets have it, beside probabilities
             if valid_mask is None:
                 valid_mask = labelled
             elif untraced(_fits, valid_mask, labelled):  # else the checks object to it
                 valid_mask = valid_mask & labelled
-    layers = proxy.layers
-    # The operator keeps the checks and the choice of a backend out of the compiler's sight.
-    compiled = torch.compiler.is_compiling()
-    run = torch.ops.semeda_fast.loss_terms if compiled else backends.loss_terms
-    terms = LossTerms(
-        *run(
-            logits,
-            target,
-            valid_mask,
-            weight,
-            proxy.weights,
-            proxy.biases,
-            proxy.layer_weights if layer_weights is None else check_layer_weights(layer_weights, len(layers)),
-            proxy.layer_scales(chosen),
-            [layer.stride for layer in layers],
-            [layer.dilation for layer in layers],
-            [layer.pool for layer in layers],
-            proxy.tap,
-            chosen,
-            ignore_index,
-            float(label_smoothing),
-            mode,
-            from_logits,
-            reduction == "none",
-            upsample is not None,
-            validate,
-            backend,
-            backends.installation() if compiled else "",
-        )
-    )
+    spec = backends.spec_of(proxy, options)
+    tensors = logits, target, valid_mask, weight, proxy.weights, proxy.biases
+    if torch.compiler.is_compiling():  # the operator keeps the checks and the choice of a backend out of its sight
+        operator = torch.ops.semeda_fast.loss_terms
+        terms = LossTerms(*operator(*tensors, *spec.arguments(), backends.installation()))
+    else:
+        terms = backends.loss_terms(*tensors, spec)
+    empty, reduction = options.empty, options.reduction
     count = terms.valid_count if empty == "nan" else terms.valid_count.clamp(min=1)
     ce, semeda = terms.ce, terms.semeda
     plain = reduction == "mean" and (weight is None or target.is_floating_point())

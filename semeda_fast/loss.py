@@ -11,18 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, checks
-from .backends import Inputs, Options, eager_loss, warmup
+from .backends import Inputs, eager_loss, warmup
 from .checks import check_layer_weights
-from .functional import LossComponents, default_lambda, semeda_loss
+from .functional import LossComponents, default_lambda, general_loss
+from .options import OPTIONS, LossKeywords, LossOptions, changed, described, options_of, takes_options
 from .plain import class_weights, void_label, whole_number
 from .proxy.network import EdgeProxy, Float32Buffers
 from .warn import warn_user
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from typing_extensions import Unpack
+
+    _Attributes = LossOptions  # each option is an attribute
+else:
+    _Attributes = object
 
 
-class SemedaLoss(Float32Buffers):
+class SemedaLoss(Float32Buffers, _Attributes):
     """Cross-entropy plus SEMEDA (Chen, Dapogny, Cord, Pattern Recognition 108, 2020).
 
         loss = lambda_ce * CE + lambda_semeda * sum_l w_l D_l
@@ -46,27 +52,11 @@ class SemedaLoss(Float32Buffers):
             "smooth_l1", 0.03 for "l2", with which the term pulls about as strongly as cross-entropy does in a
             trained network. docs/results.md says when it helps, and why to begin it after the first epochs
             (`schedule.ramp`).
-        layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
-        distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
         weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss: a tensor, a list or a NumPy array; the
             SEMEDA term is not weighted. No checkpoint stores them, but one of nn.CrossEntropyLoss(weight) loads.
-        ignore_index: the void label; None means -100, which is no label. Void pixels are the zero vector in both
-            branches and count nowhere. A float distribution [N,C,H,W] has no labels, so there void is what `valid_mask`
-            says alone.
-        label_smoothing: of cross-entropy, in [0, 1].
-        reduction: "mean" over valid pixels, "sum", or "none": [N,H,W], zero at void pixels.
-        mode: "multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.
-        from_logits: False takes probabilities [N,C,H,W] ([N,1,H,W] in binary mode) in the place of logits.
-        empty: "zero" makes loss and gradient 0 where no pixel is valid, "nan" makes them NaN as torch does.
-        upsample: "bilinear" takes logits of any size and scales them to the target's, as
-            torch.nn.functional.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
-            does. The CPU kernels do it while they read (to at least twice the size in both directions), so neither
-            the large logits nor their gradient is ever stored; elsewhere torch does it first. None: both have
-            one size.
-        backend: "auto", or "reference", "cpu", "triton", "cuda"; see `backend_info()`.
-        validate: "auto" checks labels, soft targets and probabilities at once on the CPU and by an asynchronous assert
-            elsewhere; "always" waits for the device, says what is wrong there, too, and checks logits; "never" checks
-            none (a label that is no class then makes the loss NaN, it is never read out of bounds).
+        {options}
+
+    Each option is an attribute, which may be assigned between steps.
 
     Shape:
         logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout (with upsample [N,C,h,w]); target
@@ -84,8 +74,10 @@ class SemedaLoss(Float32Buffers):
         >>> loss.backward()
     """
 
+    __doc__ = described(__doc__ or "")
+
     weight: Tensor | None
-    _options: Options | None = None  # of the short way
+    _options: LossOptions | None = None  # of the short way
     _made_anew = ("_options",)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -101,6 +93,7 @@ class SemedaLoss(Float32Buffers):
         super().__setattr__(name, value)
         self.__dict__["_options"] = None  # made anew of what is assigned
 
+    @takes_options
     def __init__(
         self,
         proxy: EdgeProxy | str | os.PathLike[str] | None = None,
@@ -108,60 +101,35 @@ class SemedaLoss(Float32Buffers):
         num_classes: int | None = None,
         lambda_ce: float | Tensor = 1.0,
         lambda_semeda: float | Tensor | None = None,
-        layer_weights: Sequence[float] | None = None,
-        distance: str | None = None,
         weight: Tensor | ArrayLike | None = None,
-        ignore_index: int | None = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        mode: str = "multiclass",
-        from_logits: bool = True,
-        empty: str = "zero",
-        upsample: str | None = None,
-        backend: str = "auto",
-        validate: str = "auto",
+        **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        checks.check_options(
-            lambda_ce=lambda_ce,
-            lambda_semeda=0.0 if lambda_semeda is None else lambda_semeda,
-            distance=distance,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            mode=mode,
-            empty=empty,
-            upsample=upsample,
-            validate=validate,
-        )
-        backends.check_name(backend)
-        self.proxy = _resolve_proxy(proxy, num_classes, mode)
-        if mode == "binary" and self.proxy.num_classes != 2:
+        given = options_of(options, "l1", "SemedaLoss()")
+        given.check()
+        checks.check_lambda("lambda_ce", lambda_ce)
+        checks.check_lambda("lambda_semeda", 0.0 if lambda_semeda is None else lambda_semeda)
+        backends.check_name(given.backend)
+        self.proxy = _resolve_proxy(proxy, num_classes, given.mode)
+        if given.mode == "binary" and self.proxy.num_classes != 2:
             raise ValueError(
                 f"mode='binary' needs a proxy with 2 classes, got one with {self.proxy.num_classes}; leave num_classes "
                 "out, or give a proxy for 2 classes"
             )
         weight = class_weights(weight)
-        checks.check_classes(self.proxy.num_classes, mode, "SemedaLoss(mode='binary')")
+        checks.check_classes(self.proxy.num_classes, given.mode, "SemedaLoss(mode='binary')")
         checks.check_class_weight(weight, self.proxy.num_classes)
         self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
         for name in ("lambda_ce", "lambda_semeda"):
             self.register_buffer(f"_{name}_tensor", None, persistent=False)
-        self.distance = self.proxy.distance if distance is None else distance
+        for name in OPTIONS:
+            setattr(self, name, getattr(given, name))
+        self.distance = options.get("distance") or self.proxy.distance
+        self.label_smoothing = float(given.label_smoothing)
+        weights = self.proxy.layer_weights if given.layer_weights is None else given.layer_weights
+        self.layer_weights = check_layer_weights(weights, self.proxy.num_layers)
         self.lambda_ce = lambda_ce
         self.lambda_semeda = default_lambda(self.distance) if lambda_semeda is None else lambda_semeda
-        self.layer_weights = check_layer_weights(
-            self.proxy.layer_weights if layer_weights is None else layer_weights, self.proxy.num_layers
-        )
-        self.ignore_index = ignore_index
-        self.label_smoothing = float(label_smoothing)
-        self.reduction = reduction
-        self.mode = mode
-        self.from_logits = from_logits
-        self.empty = empty
-        self.upsample = upsample
-        self.backend = backend
-        self.validate = validate
 
     @property
     def lambda_ce(self) -> float | Tensor:
@@ -203,42 +171,23 @@ class SemedaLoss(Float32Buffers):
             return_components: return a LossComponents (loss, ce, semeda, per_layer, valid_count); all but
                 `loss` are detached, and everything stays on the device.
         """
-        if not return_components and not torch.compiler.is_compiling():
-            # By the name alone, `self.proxy` would take a search through the module.
-            proxy: EdgeProxy = self._modules["proxy"]  # type: ignore[assignment]
-            options = self._options
-            if options is None:
-                options = self.__dict__["_options"] = Options(**self._choices())
-            inputs = Inputs(logits, target, valid_mask, self._buffers["weight"])
-            loss = eager_loss(inputs, proxy, self.lambda_ce, self.lambda_semeda, options)
+        # By the name alone, `self.proxy` would take a search through the module.
+        proxy: EdgeProxy = self._modules["proxy"]  # type: ignore[assignment]
+        inputs = Inputs(logits, target, valid_mask, self._buffers["weight"])
+        lambda_ce, lambda_semeda = self.lambda_ce, self.lambda_semeda
+        if torch.compiler.is_compiling():
+            return general_loss(inputs, proxy, lambda_ce, lambda_semeda, self._chosen(), return_components)
+        options = self._options
+        if options is None:
+            options = self.__dict__["_options"] = self._chosen()
+        if not return_components:
+            loss = eager_loss(inputs, proxy, lambda_ce, lambda_semeda, options)
             if loss is not None:
                 return loss
-        return semeda_loss(
-            logits,
-            target,
-            self.proxy,
-            valid_mask=valid_mask,
-            lambda_ce=self.lambda_ce,
-            lambda_semeda=self.lambda_semeda,
-            weight=self.weight,
-            return_components=return_components,
-            **self._choices(),
-        )
+        return general_loss(inputs, proxy, lambda_ce, lambda_semeda, options, return_components)
 
-    def _choices(self) -> dict[str, Any]:
-        return {
-            "layer_weights": self.layer_weights,
-            "distance": self.distance,
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "reduction": self.reduction,
-            "mode": self.mode,
-            "from_logits": self.from_logits,
-            "empty": self.empty,
-            "upsample": self.upsample,
-            "backend": self.backend,
-            "validate": self.validate,
-        }
+    def _chosen(self) -> LossOptions:
+        return LossOptions(**{name: getattr(self, name) for name in OPTIONS})
 
     def warmup(
         self,
@@ -306,11 +255,9 @@ class SemedaLoss(Float32Buffers):
         self.weight = saved.detach().to(self.proxy.weights[0].device, torch.float32, copy=True)
 
     def extra_repr(self) -> str:
-        return (
-            f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}, layer_weights={self.layer_weights}, "
-            f"distance={self.distance!r}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"mode={self.mode!r}, upsample={self.upsample!r}, backend={self.backend!r}"
-        )
+        shown = {"layer_weights": self.layer_weights, "distance": self.distance, **changed(vars(self._chosen()))}
+        options = "".join(f", {name}={value!r}" for name, value in shown.items())
+        return f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}{options}"
 
 
 def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes: int | None, mode: str) -> EdgeProxy:

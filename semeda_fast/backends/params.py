@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import DISTANCES, TAPS
+from ..options import DISTANCES
+from ..spec import TAPS
 from .config import FusedConfig
 from .native import dtype_code, span, tensor_view
 from .problem import Problem
