@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import shapes
 from .capture import untraced
+from .options import LossOptions
 from .spec import LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,6 +60,43 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
         )
     if tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
+
+
+def check_more(
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    counts: object,
+    num_classes: int,
+    options: LossOptions,
+) -> None:
+    """ValueError or TypeError for what a call has beside logits, target and valid_mask; reads no data."""
+    if options.mode != "multilabel":
+        check_class_weight(weight, num_classes)
+    if pos_weight is not None:
+        check_pos_weight(pos_weight, options.mode)
+    if pixel_weight is not None:
+        if not isinstance(pixel_weight, Tensor) or not pixel_weight.is_floating_point():
+            came = pixel_weight.dtype if isinstance(pixel_weight, Tensor) else type(pixel_weight).__name__
+            raise TypeError(f"pixel_weight must be a floating-point tensor, one number a pixel, got {came}")
+        if pixel_weight.requires_grad:
+            raise ValueError("pixel_weight requires a gradient, but only the logits receive one; pass .detach()")
+    if counts is None:
+        return
+    if not (hasattr(counts, "ce_weight") and hasattr(counts, "valid")):
+        raise TypeError(f"counts must be what criterion.counts(target) gives, got {type(counts).__name__}")
+    if options.reduction != "mean":
+        raise ValueError(f"counts divide a mean, and reduction={options.reduction!r} is none; leave counts out")
+
+
+def check_pos_weight(pos_weight: Tensor, mode: str) -> None:
+    """The weight of the foreground is one number, or with mode="multilabel" one a class."""
+    if mode == "multiclass":
+        raise ValueError("pos_weight is for mode='binary' and mode='multilabel'; with mode='multiclass' use weight")
+    if not pos_weight.is_floating_point():
+        raise TypeError(f"pos_weight must be a floating-point tensor, got {pos_weight.dtype}; pass pos_weight.float()")
+    if mode == "binary" and pos_weight.numel() != 1:
+        raise ValueError(f"with mode='binary' pos_weight holds one number, got shape {list(pos_weight.shape)}")
 
 
 def check_classes(num_classes: int, mode: str, from_binary: str) -> None:
@@ -120,7 +158,8 @@ def check_tensors(
             raise ValueError(
                 f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}{remedy}"
             )
-    check_class_weight(class_weight, weights[0].shape[1])
+    if spec.weight_rows == 1:
+        check_class_weight(class_weight, weights[0].shape[1])
     others = {"target": target, "valid_mask": valid, "weight": class_weight, "the proxy": weights[0]}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != logits.device:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, TypeVar
 
-from .plain import void_label
+from .plain import void_label, whole_number
 
 DISTANCES = ("l1", "l2", "smooth_l1")
-MODES = ("multiclass", "binary")
+MODES = ("multiclass", "binary", "multilabel")
 REDUCTIONS = ("mean", "sum", "none")
 EMPTY = ("zero", "nan")
 UPSAMPLE = ("bilinear",)
@@ -38,6 +38,11 @@ def _one_of(*choices: str, none: bool = False) -> Check:
             raise ValueError(f"{name} must be {expected}, got {value!r}")
 
     return check
+
+
+def _slice_dim(name: str, value: Any) -> None:
+    if whole_number(name, value) not in (2, 3, 4):
+        raise ValueError(f"{name} must be 2, 3 or 4, a dimension of logits [N,C,D,H,W], got {value!r}")
 
 
 def _fraction(name: str, value: Any) -> None:
@@ -78,13 +83,20 @@ class LossOptions:
     label_smoothing: float = _option(0.0, "of cross-entropy, in [0, 1].", _fraction)
     reduction: str = _option(
         "mean",
-        """"mean" over valid pixels, "sum", or "none": [N,H,W], zero at void pixels.""",
+        """"mean" over valid pixels, "sum", or "none": of the target's shape, zero at void pixels.""",
         _one_of(*REDUCTIONS),
     )
     mode: str = _option(
         "multiclass",
-        """"multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.""",
+        """"multiclass"; "binary": logits [N,1,H,W], one sigmoid against two classes; "multilabel": logits and target
+        [N,C,H,W], overlapping classes, each plane a binary map with a sigmoid of its own, void entry by entry.""",
         _one_of(*MODES),
+    )
+    slice_dim: int = _option(
+        2,
+        """of a volume's logits [N,C,D,H,W], 2, 3 or 4: the term sees each slice along it as an image.""",
+        _slice_dim,
+        kernels=False,
     )
     from_logits: bool = _option(
         True, "False takes probabilities [N,C,H,W] ([N,1,H,W] in binary mode) in the place of logits."
@@ -135,6 +147,7 @@ class LossKeywords(TypedDict, total=False):
     label_smoothing: float
     reduction: str
     mode: str
+    slice_dim: int
     from_logits: bool
     empty: str
     upsample: str | None

@@ -23,6 +23,7 @@ class LossSpec(LossOptions):
         pools: the pooling in front of each layer's convolution: 0 none, k > 1 max-pooling with window
             and stride k, k < -1 average-pooling with window and stride -k.
         tap: features before ("pre") or after ("post") the ReLU are compared.
+        weight_rows: of class weights: image i of the batch has row i % weight_rows.
         distance: the one chosen.
         upsample: where given, logits may be smaller than the target and are scaled up, as `reference.upsampled` says.
     """
@@ -33,6 +34,7 @@ class LossSpec(LossOptions):
     dilations: tuple[int, ...] = ()
     pools: tuple[int, ...] = ()
     tap: str = "pre"
+    weight_rows: int = 1
     distance: str = field(default="l1", kw_only=True)
 
     def arguments(self) -> tuple[Any, ...]:

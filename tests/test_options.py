@@ -26,6 +26,7 @@ OTHERS: dict[str, Any] = {
     "label_smoothing": 0.25,
     "reduction": "sum",
     "mode": "binary",
+    "slice_dim": 3,
     "from_logits": False,
     "empty": "nan",
     "upsample": "bilinear",
@@ -82,7 +83,7 @@ def test_module_and_function_pass_an_option_on(name: str) -> None:
     loss = criterion(**options)
     expected = loss(logits, target)
     assert torch.equal(semeda_loss(logits, target, loss.proxy, **options), expected)
-    if name not in ("upsample", "from_logits", "ignore_index"):
+    if name not in ("upsample", "from_logits", "ignore_index", "slice_dim"):
         assert not torch.equal(semeda_loss(logits, target, loss.proxy, ignore_index=VOID), expected)
     changed = criterion(ignore_index=VOID)
     changed(*make_inputs())

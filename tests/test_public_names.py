@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "semeda_fast": [
         "EdgeProxy",
+        "LossCounts",
+        "MultiScaleLoss",
         "SemedaLoss",
         "__version__",
         "backend_info",
@@ -48,6 +50,7 @@ PUBLIC = {
 # What public functions return: users read its fields and do not construct it.
 RETURNED = {
     "semeda_fast.functional.LossComponents",
+    "semeda_fast.outputs.MultiScaleComponents",
     "semeda_fast.backends.registry.BackendInfo",
     "semeda_fast.backends.registry.BackendStatus",
 }

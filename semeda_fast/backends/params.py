@@ -70,6 +70,7 @@ def _settings(module: Any, config: FusedConfig) -> Any:
     params.binary = config.mode == "binary"
     params.ignore_index = config.ignore_index
     params.label_smoothing = config.label_smoothing
+    params.weight_rows = config.weight_rows
     params.soft_tolerance = config.tolerance
     params.tap = TAPS.index(config.tap)
     params.distance = DISTANCES.index(config.distance)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..folding import is_plain
 from ..options import LossOptions
 from . import registry as backends
 from .fused import plain
@@ -101,6 +102,8 @@ def _prepare(inputs: Inputs, proxy: Network, options: LossOptions) -> Prepared |
     """What the backend in charge makes of such a call, or None; the checks are those of `semeda_loss`."""
     logits, target, valid, class_weight = inputs
     options.check()
+    if not is_plain(logits, target, options):
+        return None
     if options.mode == "binary" and target.dim() == 4:
         return None
     spec = spec_of(proxy, options)
