@@ -275,6 +275,7 @@ MODE = requested_mode()
 ARCHITECTURES = requested_architectures()
 
 setup(
+    py_modules=["semeda_fast_command"],
     packages=["semeda_fast", "semeda_fast.backends", "semeda_fast.metrics", "semeda_fast.proxy", "semeda_fast.kernels"],
     # The Triton kernels live beside csrc/ in the repository and are imported as semeda_fast.kernels.
     package_dir={"semeda_fast.kernels": "kernels"},
