@@ -209,8 +209,7 @@ def test_shapes_of_others(metric: Any) -> None:
     """A label channel as MONAI has it, and the one channel of a binary network."""
     pred, target = maps(2)
     expected = result(metric(2), pred, target)
-    with pytest.raises(ValueError, match=r"drop the channel with target.squeeze\(1\)$"):
-        metric(2).update(pred, target[:, None])
+    assert result(metric(2), pred, target[:, None]) == expected
     with pytest.raises(TypeError, match=r"pass labels as \[N,H,W\], preds.squeeze\(1\)$"):
         metric(2).update(pred[:, None], target)
     assert result(metric(2), pred[:, None].squeeze(1), target[:, None].squeeze(1)) == expected
