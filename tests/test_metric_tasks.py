@@ -278,6 +278,34 @@ def test_spacing_has_a_unit(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 7])
+def test_a_distance_that_rounds_reaches_what_it_says(steps: int) -> None:
+    """Three voxels of 0.1 are 0.30000000000000004 in floating point, and 0.3 / 0.1 is below 3."""
+    logits, target = label_pair(18, 3, 1, 9, 16, 15)
+    tenth, length = (0.1, 0.1, 0.1), steps / 10
+    one = (1.0, 1.0, 1.0)
+    equal(
+        result(BoundaryIoU(3, width=length, spacing=tenth), logits, target),
+        result(BoundaryIoU(3, width=steps, spacing=one), logits, target),
+    )
+    logits, target = far_apart()
+    actual = result(BoundaryF(3, tolerance=length, spacing=tenth, average="none"), logits, target)
+    np.testing.assert_array_equal(
+        actual, result(BoundaryF(3, tolerance=steps, spacing=one, average="none"), logits, target)
+    )
+    # One voxel of class 1, and that of the target `steps` away along one axis of three, or 3 and 4 across for 5.
+    assert actual[1] == (1.0 if steps >= 5 else 0.0)
+    assert actual[2] == (1.0 if steps >= 3 else 0.0)
+
+
+def far_apart() -> tuple[Tensor, Tensor]:
+    """Single voxels: of class 1 apart by (3, 4) in a plane, of class 2 by 3 along the last axis."""
+    pred, target = torch.zeros(2, 1, 9, 16, 15, dtype=torch.int64)
+    pred[0, 4, 2, 2], target[0, 4, 5, 6] = 1, 1
+    pred[0, 4, 12, 5], target[0, 4, 12, 8] = 2, 2
+    return pred, target
+
+
 # ----------------------------------------------------------------------------- errors
 
 IMAGES = torch.zeros(2, 4, 5, dtype=torch.int64)
