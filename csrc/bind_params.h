@@ -103,6 +103,7 @@ inline py::class_<LossParams> define_params(py::module_& module) {
         .def_readwrite("soft_tolerance", &LossParams::soft_tolerance)
         .def_readwrite("ignore_index", &LossParams::ignore_index)
         .def_readwrite("label_smoothing", &LossParams::label_smoothing)
+        .def_readwrite("weight_rows", &LossParams::weight_rows)
         .def_readwrite("threads", &LossParams::threads)
         .def_readwrite("d_ce", &LossParams::d_ce)
         .def_readwrite("d_semeda", &LossParams::d_semeda)

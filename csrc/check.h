@@ -176,7 +176,10 @@ inline void check_memory(const LossParams& p, Direction direction, std::int64_t 
     const Size4 map = {{p.n, 1, p.h, p.w}}, scalar = {{1, 1, 1, 1}};
     need_float("logits", p.logits, of_logits);
     check_labels(p);
-    if (p.class_weight.is_given()) need("class_weight", p.class_weight, 4 * std::int64_t{p.classes});
+    if (p.class_weight.is_given()) {
+        check_range("the rows of class weights", p.weight_rows, 1, MAX_PIXELS);
+        need("class_weight", p.class_weight, 4 * p.weight_rows * p.classes);
+    }
     for (int l = 0; l < p.layers; ++l) {
         need("the proxy's weights", p.layer[l].weight, 4 * weights_of(p.layer[l]));
         need("the proxy's biases", p.layer[l].bias, 4 * std::int64_t{p.layer[l].out});

@@ -74,7 +74,8 @@ struct LossParams : Zeroed {
     bool soft = false;
     int soft_channels = 0;             // channels of a soft target: C, or 1 in binary mode
     float soft_tolerance = 0;          // of a soft target's sums; 0: it is not looked at
-    Buffer<const float> class_weight;  // [C] or none
+    Buffer<const float> class_weight;  // [rows, C] or none: image i has row i % rows
+    std::int64_t weight_rows = 1;
     std::int64_t ignore_index = -100;
     float label_smoothing = 0;
     Tap tap = Tap::pre;

@@ -93,7 +93,7 @@ def cases() -> Iterator[tuple[str, FusedConfig, torch.dtype, bool, bool]]:
     yield "classes-64", make_config((64, 16, 32, 2)), half, False, False
     yield "classes-150", make_config((150, 16, 32, 2)), half, False, False
     yield "classes-256-fp32", make_config((256, 16, 32, 2)), full, False, False
-    yield "post-l2-maps", make_config(default, tap="post", distance="l2", per_pixel=True), half, False, False
+    yield "post-l2-maps", make_config(default, tap="post", distance="l2", reduction="none"), half, False, False
     yield "soft-smooth_l1", make_config(default, distance="smooth_l1"), half, True, False
 
 

@@ -46,7 +46,7 @@ class Inputs:
         logits: [N,C,H,W], or [N,1,H,W] in binary mode; any strides.
         target: [N,H,W] labels, or a float distribution [N,C,H,W].
         valid: [N,H,W] bool, or None.
-        class_weight: [C] fp32, contiguous, or None.
+        class_weight: [weight_rows, C] fp32, contiguous, or None.
         flat: the proxy's weights, then its biases, fp32 in one tensor.
     """
 
@@ -197,6 +197,7 @@ def forward_launches(
             "tiles": most,
             **_strides("z", inputs.logits),
             **inputs.label_strides(),
+            "weight_rows": config.weight_rows,
             "ignore_index": config.ignore_index,
             "label_smoothing": config.label_smoothing,
             "tolerance": config.tolerance,
@@ -394,6 +395,7 @@ def backward_launches(
             **_strides("z", inputs.logits),
             **_strides("g", d_logits),
             **inputs.label_strides(),
+            "weight_rows": config.weight_rows,
             "ignore_index": config.ignore_index,
             "label_smoothing": config.label_smoothing,
             "C": plan.classes,

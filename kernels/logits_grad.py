@@ -22,7 +22,7 @@ from .layers import gradient_products
         "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
         "g_stride_n", "g_stride_c", "g_stride_h", "g_stride_w",
         "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
-        "v_stride_n", "v_stride_h", "v_stride_w", "ignore_index", "label_smoothing",
+        "v_stride_n", "v_stride_h", "v_stride_w", "weight_rows", "ignore_index", "label_smoothing",
     ]
 )  # fmt: skip
 def logits_bwd_kernel(
@@ -56,6 +56,7 @@ def logits_bwd_kernel(
     v_stride_n,
     v_stride_h,
     v_stride_w,
+    weight_rows,
     ignore_index,
     label_smoothing,
     C: tl.constexpr,
@@ -119,7 +120,7 @@ def logits_bwd_kernel(
     # 4. (11)
     weight = tl.full([BLOCK_C], 1.0, tl.float32)
     if class_weight is not None:
-        weight = tl.load(class_weight + c, mask=real, other=0.0)
+        weight = tl.load(class_weight + (n % weight_rows) * C + c, mask=real, other=0.0)
     if SOFT:
         goal = read_distribution(
             target, n, y, x, v, t_stride_n, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL

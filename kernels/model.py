@@ -229,7 +229,7 @@ def make_config(channels: tuple[int, ...], **options: Any) -> FusedConfig:
     defaults: dict[str, Any] = {
         "channels": channels, "sizes": (3,) * layers, "layer_weights": (1.0,) * layers,
         "layer_scales": (1.0,) * layers, "tap": "pre", "distance": "l1", "ignore_index": 255,
-        "label_smoothing": 0.0, "mode": "multiclass", "per_pixel": False,
+        "label_smoothing": 0.0, "mode": "multiclass", "reduction": "mean",
     }  # fmt: skip
     return FusedConfig(**{**defaults, **options})
 

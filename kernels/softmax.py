@@ -23,14 +23,14 @@ from .geometry import read_distribution, read_labels, read_logits, tile_pixels, 
         "H", "W", "tiles_x", "tiles_per_image", "tiles",
         "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
         "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
-        "v_stride_n", "v_stride_h", "v_stride_w", "ignore_index", "label_smoothing", "tolerance",
+        "v_stride_n", "v_stride_h", "v_stride_w", "weight_rows", "ignore_index", "label_smoothing", "tolerance",
     ]
 )  # fmt: skip
 def softmax_fwd_kernel(
     logits,  # [N, C, H, W]
     target,  # [N, H, W] labels, or [N, C, H, W] where SOFT
     valid,  # [N, H, W] bool, or None
-    class_weight,  # [C] fp32, or None
+    class_weight,  # [weight_rows, C] fp32, or None: image n has row n % weight_rows
     e,  # [P, IN]
     q,  # [P, IN], or None
     labels,  # [P] uint8 or int16
@@ -53,6 +53,7 @@ def softmax_fwd_kernel(
     v_stride_n,
     v_stride_h,
     v_stride_w,
+    weight_rows,
     ignore_index,
     label_smoothing,
     tolerance,  # of a distribution's sum; 0: it is not looked at
@@ -97,7 +98,7 @@ def softmax_fwd_kernel(
     # 3. cross-entropy; selected, not multiplied by the one-hot map: 0 * -inf is NaN
     weight = tl.full([BLOCK_C], 1.0, tl.float32)
     if class_weight is not None:
-        weight = tl.load(class_weight + c, mask=real, other=0.0)
+        weight = tl.load(class_weight + (n % weight_rows) * C + c, mask=real, other=0.0)
     if SOFT:
         goal = read_distribution(
             target, n, y, x, v, t_stride_n, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL

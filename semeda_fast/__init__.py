@@ -7,12 +7,24 @@ loss = criterion(logits, target)
 """
 
 from .backends import backend_info
+from .counts import LossCounts
 from .functional import semeda_loss
 from .loss import SemedaLoss
+from .outputs import MultiScaleLoss
 from .pickles import safe_globals
 from .proxy.network import EdgeProxy
 from .proxy.training import train_proxy
 
 __version__ = "0.1.0"
 
-__all__ = ["EdgeProxy", "SemedaLoss", "__version__", "backend_info", "safe_globals", "semeda_loss", "train_proxy"]
+__all__ = [
+    "EdgeProxy",
+    "LossCounts",
+    "MultiScaleLoss",
+    "SemedaLoss",
+    "__version__",
+    "backend_info",
+    "safe_globals",
+    "semeda_loss",
+    "train_proxy",
+]

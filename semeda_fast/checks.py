@@ -1,7 +1,7 @@
 """Argument checks: each error says what was expected, what came and what to do.
 
-`check_options` looks at configuration, `check_tensors` at tensors' metadata (no device is waited for),
-`check_values` at what the tensors hold.
+`check_tensors` looks at tensors' metadata, and waits for no device; options.py has the checks of the options, and
+backends/values.py those of what tensors hold.
 """
 
 from __future__ import annotations
@@ -14,42 +14,11 @@ from torch import Tensor
 
 from . import shapes
 from .capture import untraced
-from .plain import void_label
-from .spec import DISTANCES, EMPTY, MODES, REDUCTIONS, UPSAMPLE, VALIDATE, LossSpec
+from .options import LossOptions
+from .spec import LossSpec
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool)
-
-
-def check_options(
-    *,
-    lambda_ce: float | Tensor,
-    lambda_semeda: float | Tensor,
-    distance: str | None,
-    ignore_index: int | None,
-    label_smoothing: float,
-    reduction: str,
-    mode: str,
-    empty: str,
-    upsample: str | None,
-    validate: str,
-) -> None:
-    """Raise ValueError or TypeError for a configuration that means nothing."""
-    check_lambda("lambda_ce", lambda_ce)
-    check_lambda("lambda_semeda", lambda_semeda)
-    if distance is not None:
-        _check_choice("distance", distance, DISTANCES)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("mode", mode, MODES)
-    _check_choice("empty", empty, EMPTY)
-    _check_choice("validate", validate, VALIDATE)
-    if upsample is not None and upsample not in UPSAMPLE:
-        raise ValueError(f"upsample must be None or {', '.join(map(repr, UPSAMPLE))}, got {upsample!r}")
-    void_label(ignore_index)
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
 
 def check_lambda(name: str, value: float | Tensor) -> None:
@@ -91,6 +60,43 @@ def check_class_weight(weight: Tensor | None, num_classes: int) -> None:
         )
     if tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must hold one number a class, shape [{num_classes}], got shape {list(weight.shape)}")
+
+
+def check_more(
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    counts: object,
+    num_classes: int,
+    options: LossOptions,
+) -> None:
+    """ValueError or TypeError for what a call has beside logits, target and valid_mask; reads no data."""
+    if options.mode != "multilabel":
+        check_class_weight(weight, num_classes)
+    if pos_weight is not None:
+        check_pos_weight(pos_weight, options.mode)
+    if pixel_weight is not None:
+        if not isinstance(pixel_weight, Tensor) or not pixel_weight.is_floating_point():
+            came = pixel_weight.dtype if isinstance(pixel_weight, Tensor) else type(pixel_weight).__name__
+            raise TypeError(f"pixel_weight must be a floating-point tensor, one number a pixel, got {came}")
+        if pixel_weight.requires_grad:
+            raise ValueError("pixel_weight requires a gradient, but only the logits receive one; pass .detach()")
+    if counts is None:
+        return
+    if not (hasattr(counts, "ce_weight") and hasattr(counts, "valid")):
+        raise TypeError(f"counts must be what criterion.counts(target) gives, got {type(counts).__name__}")
+    if options.reduction != "mean":
+        raise ValueError(f"counts divide a mean, and reduction={options.reduction!r} is none; leave counts out")
+
+
+def check_pos_weight(pos_weight: Tensor, mode: str) -> None:
+    """The weight of the foreground is one number, or with mode="multilabel" one a class."""
+    if mode == "multiclass":
+        raise ValueError("pos_weight is for mode='binary' and mode='multilabel'; with mode='multiclass' use weight")
+    if not pos_weight.is_floating_point():
+        raise TypeError(f"pos_weight must be a floating-point tensor, got {pos_weight.dtype}; pass pos_weight.float()")
+    if mode == "binary" and pos_weight.numel() != 1:
+        raise ValueError(f"with mode='binary' pos_weight holds one number, got shape {list(pos_weight.shape)}")
 
 
 def check_classes(num_classes: int, mode: str, from_binary: str) -> None:
@@ -152,7 +158,8 @@ def check_tensors(
             raise ValueError(
                 f"valid_mask must have the shape [{n},{h},{w}] of the pixels, got {list(valid.shape)}{remedy}"
             )
-    check_class_weight(class_weight, weights[0].shape[1])
+    if spec.weight_rows == 1:
+        check_class_weight(class_weight, weights[0].shape[1])
     others = {"target": target, "valid_mask": valid, "weight": class_weight, "the proxy": weights[0]}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != logits.device:
@@ -229,8 +236,3 @@ def _check_target(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
             f"labels must have the shape [{n},{h},{w}] for logits of shape {list(logits.shape)}, "
             f"got {list(target.shape)}" + (f"; {remedy}" if remedy else "")
         )
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, checks
-from .backends import Inputs, Options, eager_loss, warmup
+from .backends import Inputs, eager_loss, warmup
 from .checks import check_layer_weights
-from .functional import LossComponents, default_lambda, semeda_loss
+from .counts import LossCounts, counts_of
+from .functional import LossComponents, default_lambda, general_loss
+from .options import OPTIONS, LossKeywords, LossOptions, changed, described, options_of, takes_options
 from .plain import class_weights, void_label, whole_number
 from .proxy.network import EdgeProxy, Float32Buffers
 from .warn import warn_user
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from typing_extensions import Unpack
+
+    _Attributes = LossOptions  # each option is an attribute
+else:
+    _Attributes = object
 
 
-class SemedaLoss(Float32Buffers):
+class SemedaLoss(Float32Buffers, _Attributes):
     """Cross-entropy plus SEMEDA (Chen, Dapogny, Cord, Pattern Recognition 108, 2020).
 
         loss = lambda_ce * CE + lambda_semeda * sum_l w_l D_l
@@ -38,6 +46,7 @@ class SemedaLoss(Float32Buffers):
     Args:
         proxy: an EdgeProxy, the path of a proxy file, or None: the bundled universal proxy for `num_classes`.
         num_classes: C, at least 2; needed where no proxy is given (binary mode: 2), else checked against the proxy's.
+            With mode="multilabel" the number of planes, which a proxy for 2 classes sees one by one.
         lambda_ce: weight of cross-entropy.
         lambda_semeda: weight of the SEMEDA term, a number or a tensor of one element. Assign
             `criterion.lambda_semeda` between steps for a schedule; under torch.compile a number recompiles,
@@ -46,32 +55,20 @@ class SemedaLoss(Float32Buffers):
             "smooth_l1", 0.03 for "l2", with which the term pulls about as strongly as cross-entropy does in a
             trained network. docs/results.md says when it helps, and why to begin it after the first epochs
             (`schedule.ramp`).
-        layer_weights: w_l, one number >= 0 a layer; default: what the proxy's file says.
-        distance: "l1", "l2" or "smooth_l1" (beta 1); default: what the proxy's file says.
         weight: [C] class weights of cross-entropy, as in nn.CrossEntropyLoss: a tensor, a list or a NumPy array; the
             SEMEDA term is not weighted. No checkpoint stores them, but one of nn.CrossEntropyLoss(weight) loads.
-        ignore_index: the void label; None means -100, which is no label. Void pixels are the zero vector in both
-            branches and count nowhere. A float distribution [N,C,H,W] has no labels, so there void is what `valid_mask`
-            says alone.
-        label_smoothing: of cross-entropy, in [0, 1].
-        reduction: "mean" over valid pixels, "sum", or "none": [N,H,W], zero at void pixels.
-        mode: "multiclass", or "binary": logits [N,1,H,W], one sigmoid against two classes.
-        from_logits: False takes probabilities [N,C,H,W] ([N,1,H,W] in binary mode) in the place of logits.
-        empty: "zero" makes loss and gradient 0 where no pixel is valid, "nan" makes them NaN as torch does.
-        upsample: "bilinear" takes logits of any size and scales them to the target's, as
-            torch.nn.functional.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
-            does. The CPU kernels do it while they read (to at least twice the size in both directions), so neither
-            the large logits nor their gradient is ever stored; elsewhere torch does it first. None: both have
-            one size.
-        backend: "auto", or "reference", "cpu", "triton", "cuda"; see `backend_info()`.
-        validate: "auto" checks labels, soft targets and probabilities at once on the CPU and by an asynchronous assert
-            elsewhere; "always" waits for the device, says what is wrong there, too, and checks logits; "never" checks
-            none (a label that is no class then makes the loss NaN, it is never read out of bounds).
+            With mode="multilabel" as in nn.BCEWithLogitsLoss: the mean is over entries, whatever they weigh.
+        pos_weight: the weight of the foreground in cross-entropy, as in nn.BCEWithLogitsLoss: one number in binary
+            mode, [C] with mode="multilabel".
+        {options}
+
+    Each option is an attribute, which may be assigned between steps.
 
     Shape:
-        logits [N,C,H,W] float32, bfloat16, float16 or float64, any layout (with upsample [N,C,h,w]); target
-        [N,H,W] integers, or a float distribution [N,C,H,W]; the loss is a 0-d fp32 tensor (fp64 for fp64
-        logits), or [N,H,W].
+        logits [N,C,H,W], or a volume [N,C,D,H,W], float32, bfloat16, float16 or float64, any layout (with upsample
+        [N,C,h,w]); target [N,H,W], [N,1,H,W] or of a volume [N,D,H,W], [N,1,D,H,W] integers, or a float distribution
+        of the logits' shape; with mode="multilabel" integers of the logits' shape, too. The loss is a 0-d fp32 tensor
+        (fp64 for fp64 logits), or with reduction="none" of the shape of the target's pixels.
 
     Raises:
         ValueError, TypeError: at construction or at the call, naming what was expected and what came.
@@ -84,8 +81,11 @@ class SemedaLoss(Float32Buffers):
         >>> loss.backward()
     """
 
+    __doc__ = described(__doc__ or "")
+
     weight: Tensor | None
-    _options: Options | None = None  # of the short way
+    pos_weight: Tensor | None
+    _options: LossOptions | None = None  # of the short way
     _made_anew = ("_options",)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -96,11 +96,14 @@ class SemedaLoss(Float32Buffers):
             )
         if name == "ignore_index":
             value = void_label(value)
-        elif name == "weight":
-            value = class_weights(value, self.proxy.weights[0].device)
+        elif name in ("weight", "pos_weight"):
+            value = class_weights(value, self.proxy.weights[0].device, name)
+            if value is not None and value.dim() > 1:
+                checks.check_class_weight(value, self.proxy.num_classes)
         super().__setattr__(name, value)
         self.__dict__["_options"] = None  # made anew of what is assigned
 
+    @takes_options
     def __init__(
         self,
         proxy: EdgeProxy | str | os.PathLike[str] | None = None,
@@ -108,60 +111,40 @@ class SemedaLoss(Float32Buffers):
         num_classes: int | None = None,
         lambda_ce: float | Tensor = 1.0,
         lambda_semeda: float | Tensor | None = None,
-        layer_weights: Sequence[float] | None = None,
-        distance: str | None = None,
         weight: Tensor | ArrayLike | None = None,
-        ignore_index: int | None = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        mode: str = "multiclass",
-        from_logits: bool = True,
-        empty: str = "zero",
-        upsample: str | None = None,
-        backend: str = "auto",
-        validate: str = "auto",
+        pos_weight: Tensor | ArrayLike | None = None,
+        **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        checks.check_options(
-            lambda_ce=lambda_ce,
-            lambda_semeda=0.0 if lambda_semeda is None else lambda_semeda,
-            distance=distance,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            mode=mode,
-            empty=empty,
-            upsample=upsample,
-            validate=validate,
-        )
-        backends.check_name(backend)
-        self.proxy = _resolve_proxy(proxy, num_classes, mode)
-        if mode == "binary" and self.proxy.num_classes != 2:
+        given = options_of(options, "l1", "SemedaLoss()")
+        given.check()
+        checks.check_lambda("lambda_ce", lambda_ce)
+        checks.check_lambda("lambda_semeda", 0.0 if lambda_semeda is None else lambda_semeda)
+        backends.check_name(given.backend)
+        self.proxy = _resolve_proxy(proxy, num_classes, given.mode)
+        if given.mode != "multiclass" and self.proxy.num_classes != 2:
             raise ValueError(
-                f"mode='binary' needs a proxy with 2 classes, got one with {self.proxy.num_classes}; leave num_classes "
-                "out, or give a proxy for 2 classes"
+                f"mode={given.mode!r} needs a proxy with 2 classes, got one with {self.proxy.num_classes}; "
+                "leave num_classes out, or give a proxy for 2 classes"
             )
-        weight = class_weights(weight)
-        checks.check_classes(self.proxy.num_classes, mode, "SemedaLoss(mode='binary')")
-        checks.check_class_weight(weight, self.proxy.num_classes)
-        self.register_buffer("weight", None if weight is None else weight.detach().clone(), persistent=False)
+        checks.check_classes(self.proxy.num_classes, given.mode, "SemedaLoss(mode='binary')")
+        self.num_planes = None
+        if given.mode == "multilabel":
+            self.num_planes = None if num_classes is None else whole_number("num_classes", num_classes)
+        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
+            tensor = class_weights(value, name=name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone(), persistent=False)
+        self._check_weights(given.mode)
         for name in ("lambda_ce", "lambda_semeda"):
             self.register_buffer(f"_{name}_tensor", None, persistent=False)
-        self.distance = self.proxy.distance if distance is None else distance
+        for name in OPTIONS:
+            setattr(self, name, getattr(given, name))
+        self.distance = options.get("distance") or self.proxy.distance
+        self.label_smoothing = float(given.label_smoothing)
+        weights = self.proxy.layer_weights if given.layer_weights is None else given.layer_weights
+        self.layer_weights = check_layer_weights(weights, self.proxy.num_layers)
         self.lambda_ce = lambda_ce
         self.lambda_semeda = default_lambda(self.distance) if lambda_semeda is None else lambda_semeda
-        self.layer_weights = check_layer_weights(
-            self.proxy.layer_weights if layer_weights is None else layer_weights, self.proxy.num_layers
-        )
-        self.ignore_index = ignore_index
-        self.label_smoothing = float(label_smoothing)
-        self.reduction = reduction
-        self.mode = mode
-        self.from_logits = from_logits
-        self.empty = empty
-        self.upsample = upsample
-        self.backend = backend
-        self.validate = validate
 
     @property
     def lambda_ce(self) -> float | Tensor:
@@ -193,52 +176,115 @@ class SemedaLoss(Float32Buffers):
         target: Tensor,
         *,
         valid_mask: Tensor | None = None,
+        pixel_weight: Tensor | None = None,
+        counts: LossCounts | None = None,
         return_components: bool = False,
     ) -> Tensor | LossComponents:
-        """The loss of `logits` [N,C,H,W] against `target` [N,H,W] (or a float distribution [N,C,H,W]).
+        """The loss of `logits` [N,C,H,W] against `target` [N,H,W]; the class says which other shapes there are.
 
         Args:
-            valid_mask: [N,H,W] bool, True where a pixel counts; combined with target != ignore_index, except for a
-                distribution [N,C,H,W].
+            valid_mask: bool, of the shape of the target's pixels, True where a pixel counts; combined with
+                target != ignore_index, except for a distribution [N,C,H,W]. With mode="multilabel" [N,H,W] holds for
+                all planes.
+            pixel_weight: float >= 0, of the same shapes: multiplies both terms at a pixel; means divide by the sum of
+                weights. A pixel of weight 0 is no void: its neighbours still see it. `per_layer` is not weighted.
+            counts: what means divide by in the place of this call's own counts; see `counts`.
             return_components: return a LossComponents (loss, ce, semeda, per_layer, valid_count); all but
                 `loss` are detached, and everything stays on the device.
         """
-        if not return_components and not torch.compiler.is_compiling():
-            # By the name alone, `self.proxy` would take a search through the module.
-            proxy: EdgeProxy = self._modules["proxy"]  # type: ignore[assignment]
-            options = self._options
-            if options is None:
-                options = self.__dict__["_options"] = Options(**self._choices())
-            inputs = Inputs(logits, target, valid_mask, self._buffers["weight"])
-            loss = eager_loss(inputs, proxy, self.lambda_ce, self.lambda_semeda, options)
+        return self._run(logits, target, valid_mask, pixel_weight, counts, return_components, self._options)
+
+    def scaled(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        valid_mask: Tensor | None = None,
+        pixel_weight: Tensor | None = None,
+        counts: LossCounts | None = None,
+        return_components: bool = False,
+    ) -> Tensor | LossComponents:
+        """`forward` for logits of any size: with upsample="bilinear", whatever the loss was built with.
+
+        Where a volume has more slices than its logits, torch scales these before, with mode="trilinear".
+        """
+        if isinstance(logits, Tensor) and logits.dim() == 5 and isinstance(target, Tensor) and target.dim() > 3:
+            size = list(target.shape[-3:])
+            if logits.shape[self.slice_dim] != size[self.slice_dim - 2]:
+                logits = nn.functional.interpolate(logits, size=size, mode="trilinear", align_corners=False)
+        options = replace(self._chosen(), upsample="bilinear")
+        return self._run(logits, target, valid_mask, pixel_weight, counts, return_components, options)
+
+    def _run(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        valid_mask: Tensor | None,
+        pixel_weight: Tensor | None,
+        counts: LossCounts | None,
+        return_components: bool,
+        options: LossOptions | None,
+    ) -> Tensor | LossComponents:
+        # By the name alone, `self.proxy` would take a search through the module.
+        proxy: EdgeProxy = self._modules["proxy"]  # type: ignore[assignment]
+        inputs = Inputs(logits, target, valid_mask, self._buffers["weight"])
+        lambda_ce, lambda_semeda, pos_weight = self.lambda_ce, self.lambda_semeda, self._buffers["pos_weight"]
+        more = None
+        if not (pos_weight is None and pixel_weight is None and counts is None):
+            more = pos_weight, pixel_weight, counts
+        if self.num_planes is not None:
+            self._check_planes(logits)
+        compiling = torch.compiler.is_compiling()
+        if options is None:
+            options = self._chosen()
+            if not compiling:
+                self.__dict__["_options"] = options
+        if more is None and not return_components and not compiling:
+            loss = eager_loss(inputs, proxy, lambda_ce, lambda_semeda, options)
             if loss is not None:
                 return loss
-        return semeda_loss(
-            logits,
-            target,
-            self.proxy,
-            valid_mask=valid_mask,
-            lambda_ce=self.lambda_ce,
-            lambda_semeda=self.lambda_semeda,
-            weight=self.weight,
-            return_components=return_components,
-            **self._choices(),
-        )
+        return general_loss(inputs, proxy, lambda_ce, lambda_semeda, options, return_components, more)
 
-    def _choices(self) -> dict[str, Any]:
-        return {
-            "layer_weights": self.layer_weights,
-            "distance": self.distance,
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "reduction": self.reduction,
-            "mode": self.mode,
-            "from_logits": self.from_logits,
-            "empty": self.empty,
-            "upsample": self.upsample,
-            "backend": self.backend,
-            "validate": self.validate,
-        }
+    def counts(
+        self, target: Tensor, *, valid_mask: Tensor | None = None, pixel_weight: Tensor | None = None
+    ) -> LossCounts:
+        """What the means of a call with these arguments divide by.
+
+        Counts add up: `counts=` with their sum gives each micro-batch its share of the loss of the whole batch, and
+        the gradients add up to that of the whole batch. `LossCounts.all_reduce` adds over ranks.
+
+        Args:
+            target, valid_mask, pixel_weight: as in `forward`.
+
+        Raises:
+            ValueError, TypeError: as `forward` does.
+        """
+        options = self._chosen()
+        checks.check_are_tensors(target, target, valid_mask)
+        checks.check_more(None, None, pixel_weight, None, self.proxy.num_classes, options)
+        return counts_of(target, valid_mask, self.weight, pixel_weight, options)
+
+    def _check_planes(self, logits: Tensor) -> None:
+        if isinstance(logits, Tensor) and logits.dim() > 1 and logits.shape[1] != self.num_planes:
+            raise ValueError(
+                f"logits have {logits.shape[1]} planes (shape {list(logits.shape)}) but the loss was built with "
+                f"num_classes={self.num_planes}; build it with num_classes={logits.shape[1]}"
+            )
+
+    def _check_weights(self, mode: str) -> None:
+        if self.pos_weight is not None:
+            checks.check_pos_weight(self.pos_weight, mode)
+        if mode != "multilabel":
+            checks.check_class_weight(self.weight, self.proxy.num_classes)
+        elif self.num_planes is not None:
+            for name, given in (("weight", self.weight), ("pos_weight", self.pos_weight)):
+                if given is not None and tuple(given.shape) not in ((), (1,), (self.num_planes,)):
+                    raise ValueError(
+                        f"{name} must hold one number a class, shape [{self.num_planes}], got shape {list(given.shape)}"
+                    )
+
+    def _chosen(self) -> LossOptions:
+        return LossOptions(**{name: getattr(self, name) for name in OPTIONS})
 
     def warmup(
         self,
@@ -285,39 +331,47 @@ class SemedaLoss(Float32Buffers):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = f"{prefix}weight"
+        for name in ("weight", "pos_weight"):
+            self._take_weights(name, f"{prefix}{name}", state_dict, unexpected_keys, error_msgs)
+
+    def _take_weights(
+        self, name: str, key: str, state_dict: dict[str, Any], unexpected_keys: list[str], error_msgs: list[str]
+    ) -> None:
         saved = state_dict.get(key)
-        if not isinstance(saved, Tensor):
+        if not isinstance(saved, Tensor) or (name == "pos_weight" and self.mode == "multiclass"):
             return
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        expected = (self.proxy.num_classes,)
-        if tuple(saved.shape) != expected:
+        classes, many = self.proxy.num_classes, self.mode == "multilabel"
+        if many:
+            classes = saved.shape[0] if self.num_planes is None and saved.dim() else self.num_planes or 1
+        expected = (classes,)
+        fits = saved.numel() == 1 if name == "pos_weight" and not many else tuple(saved.shape) == expected
+        if not fits:
             error_msgs.append(
                 f"size mismatch for {key}: the checkpoint holds class weights of shape {list(saved.shape)}, and this "
                 f"loss has {expected[0]} classes; remove the key, or build the loss for as many classes"
             )
             return
-        if self.weight is None:
+        if getattr(self, name) is None:
+            source = "nn.CrossEntropyLoss" if self.mode == "multiclass" else "nn.BCEWithLogitsLoss"
             warn_user(
-                f"the checkpoint's {key!r} holds class weights, as of nn.CrossEntropyLoss(weight), and SemedaLoss was "
-                "built without; it takes them. For the loss without them assign criterion.weight = None after loading"
+                f"the checkpoint's {key!r} holds class weights, as of {source}({name}=...), and SemedaLoss was "
+                f"built without; it takes them. For the loss without them assign criterion.{name} = None after loading"
             )
-        self.weight = saved.detach().to(self.proxy.weights[0].device, torch.float32, copy=True)
+        setattr(self, name, saved.detach().to(self.proxy.weights[0].device, torch.float32, copy=True))
 
     def extra_repr(self) -> str:
-        return (
-            f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}, layer_weights={self.layer_weights}, "
-            f"distance={self.distance!r}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"mode={self.mode!r}, upsample={self.upsample!r}, backend={self.backend!r}"
-        )
+        shown = {"layer_weights": self.layer_weights, "distance": self.distance, **changed(vars(self._chosen()))}
+        options = "".join(f", {name}={value!r}" for name, value in shown.items())
+        return f"lambda_ce={self.lambda_ce}, lambda_semeda={self.lambda_semeda}{options}"
 
 
 def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes: int | None, mode: str) -> EdgeProxy:
     if num_classes is not None:
         num_classes = whole_number("num_classes", num_classes)
     if proxy is None:
-        if num_classes is None and mode == "binary":
+        if mode == "multilabel" or (num_classes is None and mode == "binary"):
             num_classes = 2
         if num_classes is None:
             raise ValueError("pass num_classes=C for the bundled proxy, or a proxy (an EdgeProxy or its file's path)")
@@ -333,7 +387,7 @@ def _resolve_proxy(proxy: EdgeProxy | str | os.PathLike[str] | None, num_classes
             f"proxy must be an EdgeProxy, a path or None, got {type(proxy).__name__}; "
             "turn an nn.Sequential into one with EdgeProxy.from_sequential(network)"
         )
-    if num_classes is not None and num_classes != proxy.num_classes:
+    if mode != "multilabel" and num_classes is not None and num_classes != proxy.num_classes:
         remedies = [f"train a proxy for {num_classes} classes"]
         if num_classes < proxy.num_classes:
             remedies.append(f"cut this one with proxy.slice_classes({num_classes})")

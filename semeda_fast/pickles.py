@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .loss import SemedaLoss
+from .outputs import MultiScaleLoss
 from .proxy.network import EdgeProxy, ProxyLayer
 
 
@@ -16,4 +17,4 @@ def safe_globals() -> list[type]:
 
     or, for the rest of the process, after `torch.serialization.add_safe_globals(semeda_fast.safe_globals())`.
     """
-    return [SemedaLoss, EdgeProxy, ProxyLayer]
+    return [SemedaLoss, MultiScaleLoss, EdgeProxy, ProxyLayer]

@@ -37,8 +37,8 @@ def void_label(value: Any) -> int:
     return number
 
 
-def class_weights(value: Any, device: torch.device | None = None) -> Tensor | None:
-    """`weight` as a tensor: a list, a tuple or a NumPy array of numbers becomes one of fp32 on `device`.
+def class_weights(value: Any, device: torch.device | None = None, name: str = "weight") -> Tensor | None:
+    """Class weights as a tensor: a list, a tuple or a NumPy array of numbers becomes one of fp32 on `device`.
 
     Raises:
         TypeError: anything else that is neither a tensor nor None.
@@ -50,5 +50,5 @@ def class_weights(value: Any, device: torch.device | None = None) -> Tensor | No
     except ValueError:  # lists of different lengths
         array = np.asarray("")
     if isinstance(value, (str, bytes)) or array.dtype.kind not in "fiu":
-        raise TypeError(f"weight must hold one number a class, as a tensor, a list or a NumPy array, got {value!r}")
+        raise TypeError(f"{name} must hold one number a class, as a tensor, a list or a NumPy array, got {value!r}")
     return torch.tensor(array.astype(np.float32), device=device)

@@ -1,22 +1,20 @@
-"""The frozen description of one loss computation that every backend receives beside its tensors."""
+"""The description of one loss computation that every backend receives beside its tensors."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-DISTANCES = ("l1", "l2", "smooth_l1")
+from .options import LossOptions
+
 TAPS = ("pre", "post")
-MODES = ("multiclass", "binary")
-REDUCTIONS = ("mean", "sum", "none")
-EMPTY = ("zero", "nan")
-UPSAMPLE = ("bilinear",)
-VALIDATE = ("auto", "always", "never")
 
 
-class LossSpec(NamedTuple):  # made in each call, and a frozen dataclass of twelve fields takes 4 us
-    """What is computed, without the tensors. Strings are members of the tuples above.
+@dataclass(unsafe_hash=True)
+class LossSpec(LossOptions):
+    """What is computed, without the tensors: the options, and what the proxy adds to them.
 
     Attributes:
         layer_weights: w_l, one a layer.
@@ -24,23 +22,41 @@ class LossSpec(NamedTuple):  # made in each call, and a frozen dataclass of twel
         strides, dilations: of each layer's convolution.
         pools: the pooling in front of each layer's convolution: 0 none, k > 1 max-pooling with window
             and stride k, k < -1 average-pooling with window and stride -k.
-        per_pixel: True asks for the terms as [N,H,W] maps, False for their sums over all pixels.
-        upsample: the logits may be smaller than the target and are then scaled up, as `reference.upsampled` says.
+        tap: features before ("pre") or after ("post") the ReLU are compared.
+        weight_rows: of class weights: image i of the batch has row i % weight_rows.
+        distance: the one chosen.
+        upsample: where given, logits may be smaller than the target and are scaled up, as `reference.upsampled` says.
     """
 
-    layer_weights: tuple[float, ...]
-    layer_scales: tuple[float, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pools: tuple[int, ...]
+    layer_weights: tuple[float, ...] = field()
+    layer_scales: tuple[float, ...] = field()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pools: tuple[int, ...] = ()
     tap: str = "pre"
-    distance: str = "l1"
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    mode: str = "multiclass"
-    from_logits: bool = True
-    per_pixel: bool = False
-    upsample: bool = False
+    weight_rows: int = 1
+    distance: str = field(default="l1", kw_only=True)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The values of ARGUMENTS, as the operator takes them."""
+        return tuple([getattr(self, name) for name in ARGUMENTS])
+
+
+ARGUMENTS = tuple(each.name for each in fields(LossSpec))
+_SCHEMA = {
+    "tuple[float, ...]": "float[]",
+    "tuple[int, ...]": "int[]",
+    "str": "str",
+    "str | None": "str?",
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+}
+
+
+def schema() -> str:
+    """ARGUMENTS as an operator's schema names them."""
+    return ", ".join(f"{_SCHEMA[str(each.type)]} {each.name}" for each in fields(LossSpec))
 
 
 class LossTerms(NamedTuple):

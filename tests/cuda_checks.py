@@ -110,7 +110,7 @@ def problem_of(scene: Scene) -> Problem:
         ignore_index=VOID,
         label_smoothing=scene.smoothing,
         mode="binary" if scene.binary else "multiclass",
-        per_pixel=False,
+        reduction="mean",
     )
     flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in (*proxy.weights, *proxy.biases)])
     if not scene.bias:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from semeda_fast import SemedaLoss, semeda_loss
 from semeda_fast.backends import registry as backends
+from semeda_fast.spec import LossSpec
 
 # Compiled code may fuse and reorder; equal is judged as for another backend.
 COMPILED = 1e-6
@@ -182,10 +183,14 @@ def test_second_derivatives(case: Case) -> None:
         grad.sum().backward()
 
 
-@pytest.mark.parametrize(("per_pixel", "labels"), [(False, torch.int64), (True, torch.uint8)])
-def test_opcheck(case: Case, per_pixel: bool, labels: torch.dtype) -> None:
+@pytest.mark.parametrize(("reduction", "labels"), [("sum", torch.int64), ("none", torch.uint8)])
+def test_opcheck(case: Case, reduction: str, labels: torch.dtype) -> None:
     logits, target = make_inputs(device=case.device)
     proxy = make_proxy().to(case.device)
+    spec = LossSpec(
+        *((1.0, 0.5, 2.0), (1.0, 2.0, 3.0), (1,) * 3, (1,) * 3, (0,) * 3),
+        **{"ignore_index": VOID, "label_smoothing": 0.1, "reduction": reduction, "backend": case.backend},
+    )
     arguments = (
         logits,
         target.to(labels),
@@ -193,21 +198,7 @@ def test_opcheck(case: Case, per_pixel: bool, labels: torch.dtype) -> None:
         torch.rand(NUM_CLASSES, device=case.device),
         proxy.weights,
         proxy.biases,
-        [1.0, 0.5, 2.0],
-        [1.0, 2.0, 3.0],
-        [1, 1, 1],
-        [1, 1, 1],
-        [0, 0, 0],
-        "pre",
-        "l1",
-        VOID,
-        0.1,
-        "multiclass",
-        True,
-        per_pixel,
-        False,
-        "auto",
-        case.backend,
+        *spec.arguments(),
     )
     results = torch.library.opcheck(torch.ops.semeda_fast.loss_terms.default, arguments)
     assert set(results.values()) == {"SUCCESS"}

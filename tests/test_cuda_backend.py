@@ -163,7 +163,7 @@ REFUSED = [
     ({"dtype": torch.float64}, "the CUDA kernels compute in float32 at most, and the logits are float64"),
     ({"from_logits": False}, "the CUDA kernels take logits, not probabilities (from_logits=False)"),
     ({"soft": True}, "the CUDA kernels take labels, and the target is a distribution (torch.float32)"),
-    ({"per_pixel": True}, "the CUDA kernels sum over pixels, and reduction='none' asks for a map"),
+    ({"reduction": "none"}, "the CUDA kernels sum over pixels, and reduction='none' asks for a map"),
     ({"distance": "l2"}, "the CUDA kernels compute the distance 'l1', not 'l2'"),
     ({"distance": "smooth_l1"}, "the CUDA kernels compute the distance 'l1', not 'smooth_l1'"),
 ]

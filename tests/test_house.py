@@ -12,13 +12,17 @@ TOOLS = {"semeda_fast.kernels.aot", "semeda_fast.kernels.bench", "semeda_fast.ke
 
 # From the ground up; a file imports from its own floor (within a folder) and from those below.
 FLOORS = (
-    ("errors", "files", "warn", "plain", "advice", "capture", "schedule", "spec", "installation"),
+    ("errors", "files", "warn", "plain", "advice", "capture", "schedule", "installation"),
+    ("options",),
+    ("spec", "folding"),
     ("shapes",),
     ("checks",),
     ("backends", "kernels"),
     ("proxy", "metrics"),
+    ("counts",),
     ("functional",),
     ("loss", "inspection"),
+    ("outputs",),
     ("pickles",),
     ("",),
     ("cli",),

@@ -184,10 +184,10 @@ class AsBefore:
 def test_what_calls_left_behind_is_dropped_on_loading() -> None:
     criterion = used(plain())
     calls = eager._Calls()
-    old = AsBefore(criterion, _options=eager.Options(**criterion._choices()))
+    old = AsBefore(criterion, _options=criterion._chosen())
     old.parts[2]["_modules"] = {"proxy": AsBefore(criterion.proxy, _calls=calls)}
     data = pickle.dumps(old)
-    assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.backends.problem.Options"} <= names_in(data)
+    assert {"semeda_fast.backends.prepared._Calls", "semeda_fast.options.LossOptions"} <= names_in(data)
     loaded = pickle.loads(data)
     assert not {"_options", "_calls"} & {*vars(loaded), *vars(loaded.proxy)}
     logits, target = make_inputs()

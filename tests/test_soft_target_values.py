@@ -231,12 +231,12 @@ def test_on_a_gpu_an_asynchronous_assert_says_it(monkeypatch: pytest.MonkeyPatch
     logits, target = (torch.zeros(1, NUM_CLASSES, 4, 4, device="meta") for _ in range(2))
     config = parse_config('{"channels": [5, 2], "sizes": [3], "layer_weights": [1], "layer_scales": [1], "tap": "pre", '
                           '"distance": "l1", "ignore_index": -100, "label_smoothing": 0, "mode": "multiclass", '
-                          '"per_pixel": false, "check_labels": true, "tolerance": 0.05}')  # fmt: skip
+                          '"reduction": "mean", "check_labels": true, "tolerance": 0.05}')  # fmt: skip
     bad = torch.zeros((), dtype=torch.int64, device="meta")
     fused.assert_labels(Problem(logits, target, None, None, logits, config), bad)
     fused.assert_labels(Problem(logits, target[:, 0].long(), None, None, logits, config), bad)
-    ops.look_at_values(logits, target, None, LossSpec((), (), (), (), ()), False)
-    ops.look_at_values(logits, target, None, LossSpec((), (), (), (), (), from_logits=False), False)
+    ops.look_at_values(logits, target, None, LossSpec((), ()), False)
+    ops.look_at_values(logits, target, None, LossSpec((), (), from_logits=False), False)
     texts = [text for _, text in said]
     assert [("no distribution" in text, "labels" in text) for text in texts] == [
         (True, False), (False, True), (True, False), (True, False), (True, False),

@@ -53,20 +53,20 @@ def broken(monkeypatch: pytest.MonkeyPatch, compiled_here: None) -> None:
     monkeypatch.setattr(triton_ops, "_launches", fail)
 
 
-def some_config(per_pixel: bool = False) -> str:
+def some_config(reduction: str = "mean") -> str:
     proxy = make_proxy()
     ones = (1.0,) * proxy.num_layers
-    return config_text(proxy.weights, LossSpec(ones, ones, (1,), (1,), (0,), per_pixel=per_pixel), False)
+    return config_text(proxy.weights, LossSpec(ones, ones, (1,), (1,), (0,), reduction=reduction), False)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("per_pixel", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
-def test_a_trial_that_works(context: Callable[[], AbstractContextManager[None]], per_pixel: bool) -> None:
+def test_a_trial_that_works(context: Callable[[], AbstractContextManager[None]], reduction: str) -> None:
     with context():
-        assert trial.trial(triton_ops.ops, some_config(per_pixel), torch.bfloat16, torch.channels_last, CPU) is None
+        assert trial.trial(triton_ops.ops, some_config(reduction), torch.bfloat16, torch.channels_last, CPU) is None
 
 
 @needs_interpreter
@@ -175,13 +175,13 @@ def test_the_interpreter_is_never_chosen_by_itself() -> None:
 )
 def test_what_is_left_to_the_reference(options: dict[str, bool], dtype: torch.dtype, reason: str) -> None:
     logits, target = torch.zeros(1, 5, 4, 4, dtype=dtype), torch.zeros(1, 4, 4, dtype=torch.int64)
-    spec = LossSpec((), (), (), (), (), **options)
+    spec = LossSpec((), (), **options)
     assert reason in str(triton_ops.why_unsupported(logits, target, make_proxy().weights, spec))
 
 
 def test_more_classes_than_a_program_holds() -> None:
     logits, target = torch.zeros(1, 257, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
-    reason = triton_ops.why_unsupported(logits, target, make_proxy(257).weights, LossSpec((), (), (), (), ()))
+    reason = triton_ops.why_unsupported(logits, target, make_proxy(257).weights, LossSpec((), ()))
     assert reason == "the Triton kernels take up to 256 classes, the proxy has 257"
 
 

@@ -336,7 +336,7 @@ def make_config(**options: Any) -> FusedConfig:
     defaults: dict[str, Any] = {
         "sizes": (3,) * layers, "layer_weights": (1.0,) * layers, "layer_scales": (1.0,) * layers,
         "tap": "pre", "distance": "l1", "ignore_index": -100, "label_smoothing": 0.0, "mode": "multiclass",
-        "per_pixel": False,
+        "reduction": "mean",
     }  # fmt: skip
     return FusedConfig(**{**defaults, **options})
 
@@ -350,7 +350,7 @@ def random_config(source: random.Random) -> FusedConfig:
         layer_weights=tuple(source.uniform(0, 2) for _ in range(layers)),
         tap=source.choice(("pre", "post")),
         distance=source.choice(launch_module.DISTANCES),
-        per_pixel=source.random() < 0.5,
+        reduction=source.choice(("mean", "none")),
     )
 
 

@@ -17,6 +17,7 @@ from semeda_fast import EdgeProxy, SemedaLoss
 from semeda_fast.backends import reference
 from semeda_fast.backends import registry as backends
 from semeda_fast.backends.native import native_info, native_module
+from semeda_fast.spec import LossSpec
 
 needs_cpu = pytest.mark.skipif(
     "cpu" not in backends.available_names("cpu"), reason="the CPU kernels are not built here"
@@ -260,15 +261,14 @@ def test_compiled(backend: str) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("per_pixel", [False, True])
-def test_opcheck(per_pixel: bool) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction: str) -> None:
     logits, target = make_small((4, 6), (16, 24))
     proxy = make_proxy()
-    ones, scales = [1, 1, 1], [1.0, 2.0, 3.0]
-    arguments = (
-        *(logits, target, None, None, proxy.weights, proxy.biases, scales, scales, ones, ones, [0, 0, 0]),
-        *("pre", "l1", VOID, 0.1, "multiclass", True, per_pixel, True, "auto", "cpu"),
-    )
+    ones, scales = (1, 1, 1), (1.0, 2.0, 3.0)
+    options: dict[str, Any] = {"ignore_index": VOID, "label_smoothing": 0.1, "upsample": "bilinear", "backend": "cpu"}
+    spec = LossSpec(scales, scales, ones, ones, (0, 0, 0), reduction=reduction, **options)
+    arguments = (logits, target, None, None, proxy.weights, proxy.biases, *spec.arguments())
     results = torch.library.opcheck(torch.ops.semeda_fast.loss_terms.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 

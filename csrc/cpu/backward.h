@@ -160,7 +160,7 @@ class BackwardTask {
         : plan_(plan),
           p_(*plan.params),
           win_(plan, task),
-          cw_(p_),
+          cw_(p_, win_.n),
           arena_{static_cast<char*>(scratch), zero, 0},
           s_(plan, arena_) {
         const auto* d_semeda = static_cast<const float*>(p_.d_semeda.data);

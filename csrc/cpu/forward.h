@@ -88,7 +88,7 @@ class ForwardTask {
         : plan_(plan),
           p_(*plan.params),
           win_(plan, task),
-          cw_(p_),
+          cw_(p_, win_.n),
           arena_{static_cast<char*>(scratch), zero, 0},
           s_(plan, arena_),
           sums_(sums) {

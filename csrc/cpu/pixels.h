@@ -122,14 +122,14 @@ inline void exp_unit(float* z, std::ptrdiff_t pitch, int classes, M16 valid, boo
     }
 }
 
-// What cross-entropy needs of the class weights: u_c, their sum U, and the two smoothing factors.
+// What cross-entropy needs of the class weights of an image: u_c, their sum U, and the two smoothing factors.
 struct ClassWeights {
     const float* u;  // null: all 1
     int classes;
     float own, spread;  // 1 - e and e / C
     float total;        // U
-    explicit ClassWeights(const LossParams& p)
-        : u(p.class_weight),
+    ClassWeights(const LossParams& p, std::int64_t image)
+        : u(p.class_weight ? p.class_weight + image % p.weight_rows * p.classes : nullptr),
           classes(p.classes),
           own(1.0f - p.label_smoothing),
           spread(p.label_smoothing / static_cast<float>(p.classes)),

@@ -157,6 +157,7 @@ def problems(draw: st.DrawFn, cuda: bool = False) -> Problem:
         "distance": L1 if cuda else draw(st.integers(0, 2)),
         "ignore_index": draw(st.sampled_from([-100, 255, 0, 2**63 - 1])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "weight_rows": draw(st.integers(1, 3)),
         "threads": draw(st.integers(1, 3)),
     }
     low_h, low_w = h, w
@@ -185,7 +186,7 @@ def problems(draw: st.DrawFn, cuda: bool = False) -> Problem:
         numbers["d_semeda_is_map"] = True
     weights = sum(out * before * size * size + out for out, before, size in layers)
     buffers = {
-        "class_weight": Memory(4 * classes, optional=True, absent=draw(st.booleans())),
+        "class_weight": Memory(4 * classes * numbers["weight_rows"], optional=True, absent=draw(st.booleans())),
         "proxy": Memory(4 * weights),
         "terms": Memory(4 * (3 + len(layers))),
         "counts": Memory(16, 8),

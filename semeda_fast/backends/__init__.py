@@ -7,7 +7,7 @@ from .fused import why_not_fused
 from .native import cuda_info, native_info, native_module
 from .operator import installation, loss_terms
 from .prepared import eager_loss
-from .problem import Inputs, Options
+from .problem import Inputs, spec_of
 from .reference import distance_maps, features, not_ignored
 from .registry import (
     Backend,
@@ -28,7 +28,6 @@ __all__ = [
     "BackendInfo",
     "BackendStatus",
     "Inputs",
-    "Options",
     "available_names",
     "backend_info",
     "check_name",
@@ -44,6 +43,7 @@ __all__ = [
     "native_module",
     "not_ignored",
     "register",
+    "spec_of",
     "unregister",
     "warmup",
     "why_not_fused",

@@ -1,4 +1,4 @@
-"""What the operators of a fused backend receive beside tensors: one frozen record, passed as one string.
+"""What the operators of a fused backend receive beside tensors: one record, passed as one string.
 
 An operator's schema knows no structures, and each of its arguments costs microseconds a call (torch walks the
 schema once an argument in each direction), so a dozen settings travel as one text, which both sides cache.
@@ -9,23 +9,24 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from ..spec import LossSpec
+from ..options import OUTSIDE_KERNELS
+from ..spec import ARGUMENTS, LossSpec
 
 
-@dataclass(frozen=True)
-class FusedConfig:
+@dataclass(unsafe_hash=True, kw_only=True)
+class FusedConfig(LossSpec):
     """A loss on a proxy that the fused kernels take.
 
     Attributes:
         channels: C, K_1, ..., K_L.
         sizes: kernel size of each layer, odd.
         check_labels: raise ValueError for a label that is neither a class nor ignore_index.
-        upsample: the kernels scale up logits that are smaller than the target; else they have its size.
+        upsample: where given, the kernels scale up logits that are smaller than the target; else they have its size.
         tolerance: how far a soft target's sums may lie from 1 (distributions.py); 0: it is not looked at.
 
     The others are those of LossSpec.
@@ -33,16 +34,7 @@ class FusedConfig:
 
     channels: tuple[int, ...]
     sizes: tuple[int, ...]
-    layer_weights: tuple[float, ...]
-    layer_scales: tuple[float, ...]
-    tap: str
-    distance: str
-    ignore_index: int
-    label_smoothing: float
-    mode: str
-    per_pixel: bool
     check_labels: bool = False
-    upsample: bool = False
     tolerance: float = 0.0
 
     @property
@@ -62,22 +54,12 @@ def config_text(weights: Sequence[Tensor], spec: LossSpec, check_labels: bool, t
 def _text(
     channels: tuple[int, ...], sizes: tuple[int, ...], spec: LossSpec, check_labels: bool, tolerance: float
 ) -> str:
-    config = FusedConfig(
-        channels=channels,
-        sizes=sizes,
-        layer_weights=spec.layer_weights,
-        layer_scales=spec.layer_scales,
-        tap=spec.tap,
-        distance=spec.distance,
-        ignore_index=spec.ignore_index,
-        label_smoothing=spec.label_smoothing,
-        mode=spec.mode,
-        per_pixel=spec.per_pixel,
-        check_labels=check_labels,
-        upsample=spec.upsample,
-        tolerance=tolerance,
+    # One text for all losses that have the same kernels: each is tried on its own, and becomes a graph of its own.
+    same = {**OUTSIDE_KERNELS, "reduction": "none" if spec.per_pixel else "mean"}
+    values = {**dict(zip(ARGUMENTS, spec.arguments(), strict=True)), **same}
+    return json.dumps(
+        {**values, "channels": channels, "sizes": sizes, "check_labels": check_labels, "tolerance": tolerance}
     )
-    return json.dumps(asdict(config))
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from .fused import FusedOps, check_exchanged_labels, name_bad_labels, why_not_ta
 from .memory import INPUTS, check_unchanged, facts_of
 from .native import native_info, native_module, span
 from .params import add_gradients, fill
-from .problem import Inputs, Options, Outputs, Problem, Saved
+from .problem import Inputs, Outputs, Problem, Saved
 
 WHOSE = "the fused CPU kernels"
 MAX_CLASSES = 1024  # csrc/cpu/api.h
@@ -155,7 +155,7 @@ run = _operators.run
 class _PreparedCall:
     """`problem.Prepared` by `EagerLoss` of csrc/cpu/eager.h, which writes and reads torch's scalars itself."""
 
-    def __init__(self, inputs: Inputs, proxy: Sequence[Tensor], config_of_call: str, options: Options) -> None:
+    def __init__(self, inputs: Inputs, proxy: Sequence[Tensor], config_of_call: str, spec: LossSpec) -> None:
         module = native_module()
         config = parse_config(config_of_call)
         logits = inputs.logits
@@ -165,9 +165,9 @@ class _PreparedCall:
         self._native = module.EagerLoss(
             params,
             [span(tensor) for tensor in proxy],
-            mean=options.reduction == "mean",
+            mean=spec.reduction == "mean",
             weighted=weighted,
-            nan_if_empty=options.empty == "nan",
+            nan_if_empty=spec.empty == "nan",
         )
         self._kept_bytes: int = self._native.kept_bytes
         self._saved = _saved(logits, inputs.target, config)
@@ -241,7 +241,7 @@ def _places(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else (t.data_ptr(), t.storage_offset(), t.untyped_storage().nbytes()) for t in tensors]
 
 
-def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, options: Options) -> _PreparedCall | None:
+def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec) -> _PreparedCall | None:
     """What serves calls of this kind without torch around the kernels, or None where tensors need a copy first.
 
     Args:
@@ -255,9 +255,9 @@ def prepare(inputs: Inputs, parameters: Sequence[Tensor], spec: LossSpec, option
     if weight is not None and not (weight.dtype == torch.float32 and weight.is_contiguous()):
         return None
     weights = parameters[: len(parameters) // 2]
-    check = options.validate == "auto"
+    check = spec.validate == "auto"
     config = config_text(weights, spec, check, limit_for(inputs.target, check))
-    return _PreparedCall(inputs, parameters, config, options)
+    return _PreparedCall(inputs, parameters, config, spec)
 
 
 _SOFT = (torch.float32, torch.bfloat16, torch.float16)

@@ -69,6 +69,8 @@ def why_unsupported(logits: Tensor, target: Tensor, weights: Sequence[Tensor], s
         return f"{WHOSE} take labels, and the target is a distribution ({target.dtype})"
     if spec.per_pixel:
         return f"{WHOSE} sum over pixels, and reduction='none' asks for a map"
+    if spec.weight_rows != 1:
+        return f"{WHOSE} take one class weight a class, and planes of mode='multilabel' have their own"
     if spec.distance != "l1":
         return f"{WHOSE} compute the distance 'l1', not {spec.distance!r}"
     return _why_not_on(config_text(weights, spec, False), logits.dtype, logits.device)

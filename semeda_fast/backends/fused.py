@@ -60,7 +60,7 @@ def name_bad_labels(problem: Problem) -> None:
 
 
 def _spec_of_labels(problem: Problem) -> LossSpec:
-    return LossSpec((), (), (), (), (), ignore_index=problem.config.ignore_index, mode=problem.config.mode)
+    return LossSpec((), (), ignore_index=problem.config.ignore_index, mode=problem.config.mode)
 
 
 def check_exchanged_labels(problem: Problem) -> None:

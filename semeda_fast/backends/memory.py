@@ -75,7 +75,8 @@ def check_consistent(problem: Problem) -> None:
     if valid is not None:
         _expect("valid_mask", valid, pixels)
     if class_weight is not None:
-        _expect("weight", class_weight, (config.channels[0],))
+        rows = () if config.weight_rows == 1 and class_weight.dim() == 1 else (config.weight_rows,)
+        _expect("weight", class_weight, (*rows, config.channels[0]))
     _expect("the proxy's parameters", flat, (config.parameters,))
     if flat.dtype != torch.float32:
         raise ValueError(f"the proxy's parameters must be float32, got {flat.dtype}")

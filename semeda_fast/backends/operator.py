@@ -14,6 +14,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .. import checks
 from ..capture import untraced, writes_onnx
-from ..spec import LossSpec, LossTerms
+from ..spec import ARGUMENTS, LossSpec, LossTerms, schema
 from . import reference, values
 from . import registry as backends
 from .distributions import bad_pixels, check_distribution
@@ -30,12 +31,29 @@ from .distributions import bad_pixels, check_distribution
 _library = torch.library.Library("semeda_fast", "DEF")
 _library.define(
     "loss_terms(Tensor logits, Tensor target, Tensor? valid, Tensor? class_weight, Tensor[] weights, "
-    "Tensor[] biases, float[] layer_weights, float[] layer_scales, int[] strides, int[] dilations, int[] pools, "
-    "str tap, str distance, int ignore_index, float label_smoothing, str mode, bool from_logits, bool per_pixel, "
-    "bool upsample, str validate, str backend, str made_by='') -> "
+    f"Tensor[] biases, {schema()}, str made_by='') -> "
     "(Tensor ce, Tensor semeda, Tensor per_layer, Tensor ce_weight, Tensor valid_count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def _loss_terms(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    class_weight: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *values: Any,
+) -> LossTerms:
+    """The operator: `loss_terms` of the arguments of LossSpec, each for itself, so that a compiler sees constants.
+
+    `made_by`, the last, changes nothing but the key under which the compiler keeps its graphs on disk; see
+    `installation`.
+    """
+    settings: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    spec = LossSpec(**dict(zip(ARGUMENTS, settings, strict=False)))
+    return loss_terms(logits, target, valid, class_weight, weights, biases, spec)
 
 
 def loss_terms(
@@ -45,47 +63,15 @@ def loss_terms(
     class_weight: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    layer_weights: Sequence[float],
-    layer_scales: Sequence[float],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pools: Sequence[int],
-    tap: str,
-    distance: str,
-    ignore_index: int,
-    label_smoothing: float,
-    mode: str,
-    from_logits: bool,
-    per_pixel: bool,
-    upsample: bool,
-    validate: str,
-    backend: str,
-    made_by: str = "",
+    spec: LossSpec,
 ) -> LossTerms:
-    """What `LossTerms` says, by the backend that `backends.choose` takes; the arguments are those of LossSpec.
-
-    `made_by` changes nothing but the key under which the compiler keeps its graphs on disk; see `installation`.
-    """
-    spec = LossSpec(
-        layer_weights=tuple(layer_weights),
-        layer_scales=tuple(layer_scales),
-        strides=tuple(strides),
-        dilations=tuple(dilations),
-        pools=tuple(pools),
-        tap=tap,
-        distance=distance,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        mode=mode,
-        from_logits=from_logits,
-        per_pixel=per_pixel,
-        upsample=upsample,
-    )
+    """What `LossTerms` says, by the backend that `backends.choose` takes."""
+    backend, validate = spec.backend, spec.validate
     if writes_onnx():
-        backend, validate = _for_onnx(backend, validate, distance)
+        backend, validate = _for_onnx(backend, validate, spec.distance)
     chosen, scaled_by_torch = untraced(_choose, backend, logits, target, valid, class_weight, weights, spec)
     if chosen.upsamples is None:
-        spec = spec._replace(upsample=False)
+        spec = replace(spec, upsample=None)
     assert chosen.run is not None, f"backend {chosen.name} is available but has nothing to run"
     device = logits.device.type  # the meta device, for one, has no autocast
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -102,14 +88,14 @@ def loss_terms(
             return terms
         # The guard is 0; added, it keeps the compiler from dropping the check as unused.
         guard = torch.ops.semeda_fast.check_values(
-            logits.detach(), target, valid, ignore_index, mode, from_logits, validate == "always"
+            logits.detach(), target, valid, spec.ignore_index, spec.mode, spec.from_logits, validate == "always"
         )
         return terms._replace(ce=terms.ce + guard)
 
 
-_library.impl("loss_terms", loss_terms, "CompositeImplicitAutograd")
+_library.impl("loss_terms", _loss_terms, "CompositeImplicitAutograd")
 # Before a transform of torch.func takes the call apart: inside, only what is an operator itself could be transformed.
-_library.impl("loss_terms", loss_terms, "FuncTorchDynamicLayerFrontMode")
+_library.impl("loss_terms", _loss_terms, "FuncTorchDynamicLayerFrontMode")
 
 
 def installation() -> str:
@@ -185,7 +171,7 @@ def _check_values(
     always: bool,
 ) -> Tensor:
     """0, after `look_at_values`."""
-    spec = LossSpec((), (), (), (), (), ignore_index=ignore_index, mode=mode, from_logits=from_logits)
+    spec = LossSpec((), (), ignore_index=ignore_index, mode=mode, from_logits=from_logits)
     look_at_values(logits, target, valid, spec, always)
     return logits.new_zeros((), dtype=torch.float32)
 

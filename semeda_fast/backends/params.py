@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import DISTANCES, TAPS
+from ..options import DISTANCES
+from ..spec import TAPS
 from .config import FusedConfig
 from .native import dtype_code, span, tensor_view
 from .problem import Problem
@@ -69,6 +70,7 @@ def _settings(module: Any, config: FusedConfig) -> Any:
     params.binary = config.mode == "binary"
     params.ignore_index = config.ignore_index
     params.label_smoothing = config.label_smoothing
+    params.weight_rows = config.weight_rows
     params.soft_tolerance = config.tolerance
     params.tap = TAPS.index(config.tap)
     params.distance = DISTANCES.index(config.distance)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import check_layer_weights
-from ..spec import LossSpec
+from ..folding import is_plain
+from ..options import LossOptions
 from . import registry as backends
 from .fused import plain
-from .problem import Inputs, Network, Options, Prepared
+from .problem import Inputs, Network, Prepared, spec_of
 
 MAX_PREPARED = 64  # calls of one proxy that are remembered: of a size, dtypes and options
 
@@ -37,7 +37,7 @@ class _Calls(dict[Any, Prepared | None]):
 
 
 def eager_loss(
-    inputs: Inputs, proxy: Network, lambda_ce: float | Tensor, lambda_semeda: float | Tensor, options: Options
+    inputs: Inputs, proxy: Network, lambda_ce: float | Tensor, lambda_semeda: float | Tensor, options: LossOptions
 ) -> Tensor | None:
     """The loss [] as `semeda_loss` has it, or None where the general way is to be taken.
 
@@ -98,38 +98,15 @@ def _facts(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype, t.requires_grad
 
 
-def _prepare(inputs: Inputs, proxy: Network, options: Options) -> Prepared | None:
+def _prepare(inputs: Inputs, proxy: Network, options: LossOptions) -> Prepared | None:
     """What the backend in charge makes of such a call, or None; the checks are those of `semeda_loss`."""
     logits, target, valid, class_weight = inputs
-    checks.check_options(
-        lambda_ce=0.0,
-        lambda_semeda=0.0,
-        distance=options.distance,
-        ignore_index=options.ignore_index,
-        label_smoothing=options.label_smoothing,
-        reduction=options.reduction,
-        mode=options.mode,
-        empty=options.empty,
-        upsample=options.upsample,
-        validate=options.validate,
-    )
+    options.check()
+    if not is_plain(logits, target, options):
+        return None
     if options.mode == "binary" and target.dim() == 4:
         return None
-    layers, given = proxy.layers, options.layer_weights
-    spec = LossSpec(
-        layer_weights=proxy.layer_weights if given is None else check_layer_weights(given, len(layers)),
-        layer_scales=proxy.layer_scales(options.distance),
-        strides=tuple(layer.stride for layer in layers),
-        dilations=tuple(layer.dilation for layer in layers),
-        pools=tuple(layer.pool for layer in layers),
-        tap=proxy.tap,
-        distance=options.distance,
-        ignore_index=options.ignore_index,
-        label_smoothing=float(options.label_smoothing),
-        mode=options.mode,
-        from_logits=options.from_logits,
-        upsample=options.upsample is not None,
-    )
+    spec = spec_of(proxy, options)
     checks.check_tensors(logits, target, valid, class_weight, proxy.weights, spec)
     backend = backends.choose(options.backend, logits, target, proxy.weights, spec)
     if backend.prepare is None:
@@ -139,7 +116,7 @@ def _prepare(inputs: Inputs, proxy: Network, options: Options) -> Prepared | Non
     parameters = [*proxy.weights, *proxy.biases]
     if not plain(parameters):
         return None
-    prepared: Prepared | None = backend.prepare(inputs, parameters, spec, options)
+    prepared: Prepared | None = backend.prepare(inputs, parameters, spec)
     return prepared
 
 

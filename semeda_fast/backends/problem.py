@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import check_layer_weights
+from ..options import LossOptions
+from ..spec import LossSpec
 from .config import FusedConfig
 
 
@@ -60,22 +63,6 @@ class Inputs(NamedTuple):
     class_weight: Tensor | None
 
 
-class Options(NamedTuple):
-    """Of `semeda_loss`, by the same names and as its caller gave them, but for the distance, which is chosen."""
-
-    layer_weights: Sequence[float] | None
-    distance: str
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    mode: str
-    from_logits: bool
-    empty: str
-    upsample: str | None
-    backend: str
-    validate: str
-
-
 class Prepared(Protocol):
     """What a backend makes of one kind of call: of inputs of these shapes, strides and dtypes, and of one proxy.
 
@@ -120,3 +107,24 @@ class Network(Protocol):
 
     def layer_scales(self, distance: str) -> tuple[float, ...]:
         """s_l for this distance."""
+
+
+def spec_of(proxy: Network, options: LossOptions) -> LossSpec:
+    """What the options ask for on this proxy.
+
+    Raises:
+        ValueError, TypeError: layer_weights that are not one finite number >= 0 a layer.
+    """
+    layers, given = proxy.layers, options.layer_weights
+    return LossSpec(
+        **{
+            **vars(options),
+            "layer_weights": proxy.layer_weights if given is None else check_layer_weights(given, len(layers)),
+            "label_smoothing": float(options.label_smoothing),
+        },
+        layer_scales=proxy.layer_scales(options.distance),
+        strides=tuple([layer.stride for layer in layers]),
+        dilations=tuple([layer.dilation for layer in layers]),
+        pools=tuple([layer.pool for layer in layers]),
+        tap=proxy.tap,
+    )

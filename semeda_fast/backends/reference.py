@@ -43,7 +43,7 @@ def loss_terms(
             size where spec.upsample.
         target: [N,H,W] integer labels, or a float distribution shaped like p.
         valid: [N,H,W] bool, True where a pixel counts, or None; combined with target != ignore_index.
-        class_weight: [C] or None.
+        class_weight: [C], or [P,C]: image i has row i % P; or None.
         weights, biases: [K_l, K_{l-1}, k, k] and [K_l] of each layer.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -143,14 +143,18 @@ def cross_entropy_map(
     weight = torch.ones(num_classes, dtype=log_p.dtype, device=log_p.device)
     if class_weight is not None:
         weight = class_weight.to(log_p.dtype)
-    plane = weight.reshape(1, -1, 1, 1)
+    by_image = weight.dim() == 2
+    if by_image:
+        plane = weight.repeat(log_p.shape[0] // weight.shape[0], 1)[:, :, None, None]
+    else:
+        plane = weight.reshape(1, -1, 1, 1)
     if y is None:
         smoothed = (1 - label_smoothing) * q + label_smoothing / num_classes
         loss = -(plane * smoothed * log_p).sum(dim=1)
         divisor = v.sum().to(log_p.dtype)  # torch divides by the number of pixels here, weights or not
     else:
         picked = log_p.gather(1, y)  # not (q * log_p).sum(): 0 * -inf is NaN
-        y_weight = weight[y]
+        y_weight = plane.expand_as(log_p).gather(1, y) if by_image else weight[y]
         loss = -((1 - label_smoothing) * y_weight * picked).squeeze(1)
         if label_smoothing > 0:
             loss = loss - label_smoothing / num_classes * (plane * log_p).sum(dim=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -77,10 +78,7 @@ def _disagreement(
     flat = torch.cat([tensor.reshape(-1) for tensor in (*weights, *biases)])
     leaf = logits.clone().requires_grad_()
     ones = (1,) * len(config.sizes)
-    spec = LossSpec(
-        config.layer_weights, config.layer_scales, ones, ones, (0,) * len(ones), config.tap, config.distance,
-        config.ignore_index, config.label_smoothing, config.mode, True, config.per_pixel,
-    )  # fmt: skip
+    spec = replace(config, strides=ones, dilations=ones, pools=(0,) * len(ones))
     expected = loss_terms(leaf, target, None, None, weights, biases, spec)
     (expected.ce.sum() + expected.semeda.sum()).backward()
     assert leaf.grad is not None

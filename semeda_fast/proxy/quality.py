@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..backends import distance_maps, not_ignored
-from ..spec import DISTANCES, LossSpec
+from ..options import DISTANCES
+from ..spec import LossSpec
 from .edges import edge_labels
 from .network import EdgeProxy
 

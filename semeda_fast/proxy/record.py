@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..checks import check_layer_weights
+from ..options import DISTANCES
 from ..plain import whole_number
-from ..spec import DISTANCES, TAPS
+from ..spec import TAPS
 
 
 @dataclass(frozen=True)
