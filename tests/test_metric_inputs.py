@@ -62,6 +62,19 @@ def test_labels_beyond_int64_are_no_void_label(metric: Any) -> None:
         metric(3).update(target, pred)
 
 
+@ALL
+def test_counts_of_tensor_subclasses_are_plain(metric: Any) -> None:
+    """MONAI's MetaTensor would stay in the states, and in what is stored of them."""
+
+    class Tagged(Tensor):
+        pass
+
+    pred, target = maps()
+    measure = metric(3)
+    assert result(measure, pred.as_subclass(Tagged), target.as_subclass(Tagged)) == result(metric(3), pred, target)
+    assert {type(state) for state in measure.metric_state.values()} == {type(measure.compute())} == {Tensor}
+
+
 # ----------------------------------------------------------------------------- options
 
 

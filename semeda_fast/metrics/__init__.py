@@ -22,7 +22,7 @@ its ones; planes may overlap. Predictions may be floats too, which are 1 above `
 With one plane and `average="none"` torchmetrics returns the score as a 0-d tensor.
 
 Volumes are cut into slices along `slice_dim`, and each slice is an image. With `spacing=(dz, dy, dx)` `BoundaryIoU` and
-`BoundaryF` measure in the whole volume instead: Euclidean distances between the centres of voxels, in the spacing's unit.
+`BoundaryF` measure in the whole volume instead: Euclidean distances between centres of voxels, in the spacing's unit.
 
 Void. A pixel whose target equals `ignore_index` is void. It is unknown, not a class, so
 

@@ -109,7 +109,8 @@ class BoundaryMetric(Metric):
             counts = torch.cat(planes, dim=1)
         else:
             counts = self._count_maps(preds, target)
-        self._counts = self._counts + counts.to(self._counts.device)
+        # A plain tensor, where MONAI's labels carry their affine map with them.
+        self._counts = self._counts + counts.as_subclass(torch.Tensor).to(self._counts.device)
 
     def _count_maps(self, preds: Tensor, target: Tensor, which: str = "") -> Tensor:
         """int64 [rows, labels] of a batch of label maps, target [N, *space]; `which` says where errors point."""
