@@ -36,14 +36,14 @@ class Layout:
         for name, value in (("preds", preds), ("target", target)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if preds.device != target.device:
+            raise ValueError(f"preds and target must be on one device, got {preds.device} and {target.device}")
         target = self._planes(preds, target) if self.mode == "multilabel" else self._labels(preds, target)
         if self.spacing is not None and not self._is_volume(target):
             raise ValueError(
                 f"spacing={self.spacing} measures volumes, and target is images, of shape {tuple(target.shape)}; "
                 "leave spacing out for images, or add the depth with unsqueeze"
             )
-        if preds.device != target.device:
-            raise ValueError(f"preds and target must be on one device, got {preds.device} and {target.device}")
         return target
 
     def pieces(self, preds: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
