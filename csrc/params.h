@@ -31,8 +31,8 @@ struct View {
     void* data = nullptr;
     DType dtype = DType::f32;
     std::int64_t stride[4] = {0, 0, 0, 0};  // n, c, h, w; c is unused where the tensor has no channels
-    // Images that no single stride leads through, such as slices of several volumes: image n is number n % fold
-    // of group n / fold, which lie `outer` elements apart. 0: there are no groups.
+    // Images that no single stride leads through, such as slices of several volumes: image n is number n %
+    // fold of group n / fold, which lie `outer` elements apart. 0: there are no groups.
     std::int64_t fold = 0, outer = 0;
 };
 
