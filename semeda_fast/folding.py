@@ -53,6 +53,17 @@ def folded(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[i
     return call, options, None
 
 
+def pixel_weights(call: Call) -> Call:
+    """The call of images, with pixel weights in the shape of the maps, [N,H,W]."""
+    if call.pixel_weight is None:
+        return call
+    target = call.target
+    images = call.logits.shape[0] if call.logits.dim() == 4 else call.logits.shape[0] * call.logits.shape[1]
+    return call._replace(
+        pixel_weight=of_pixels("pixel_weight", call.pixel_weight, (images, target.shape[-2], target.shape[-1]))
+    )
+
+
 def _slices(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[int, ...]]:
     """A volume [N,C,D,H,W]: its slices along slice_dim are images."""
     logits, target = call.logits, call.target
@@ -71,7 +82,7 @@ def _slices(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[
     over = dim - 1  # of what has no channels
 
     def pixels(name: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else _of_shape(name, tensor, shape).movedim(over, 1)
+        return None if tensor is None else of_pixels(name, tensor, shape).movedim(over, 1)
 
     logits, target, valid = _joined(
         1, logits.movedim(dim, 1), target.movedim(dim if soft else over, 1), pixels("valid_mask", call.valid)
@@ -140,9 +151,7 @@ def _planes(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[
     def plane(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        if tensor.dim() == len(shape) - 1:
-            tensor = tensor.unsqueeze(1).expand(shape) if tensor.shape == (n, *shape[2:]) else tensor
-        tensor = _of_shape(name, tensor, shape)
+        tensor = of_pixels(name, tensor, shape, many=True)
         return tensor.movedim(options.slice_dim, 2) if len(shape) == 5 else tensor
 
     weight = plane_weights(call.weight, call.pos_weight, c, slices, logits)
@@ -207,12 +216,22 @@ def _one_a_class(name: str, tensor: Tensor, num_classes: int) -> Tensor:
     return tensor.to(torch.float32).reshape(-1)
 
 
-def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def of_pixels(name: str, tensor: Tensor, shape: tuple[int, ...], many: bool = False) -> Tensor:
+    """A mask or weights of the target's pixels, in their shape; `many`: of planes, which may share them.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if tuple(tensor.shape) == shape:
         return tensor
-    if tensor.dim() == len(shape) + 1 and tensor.shape[1] == 1 and tuple(tensor.squeeze(1).shape) == shape:
+    if many and tuple(tensor.shape) == (shape[0], *shape[2:]):
+        return tensor.unsqueeze(1).expand(shape)
+    if not many and tensor.dim() == len(shape) + 1 and tuple(tensor.shape) == (shape[0], 1, *shape[1:]):
         return tensor.squeeze(1)
-    raise ValueError(f"{name} must have the shape {list(shape)} of the target's pixels, got {list(tensor.shape)}")
+    shared = f", or {[shape[0], *shape[2:]]} for all planes" if many else ""
+    raise ValueError(
+        f"{name} must have the shape {list(shape)} of the target's pixels{shared}, got {list(tensor.shape)}"
+    )
 
 
 def binary_weights(weight: Tensor | None, pos_weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from . import backends, checks
 from .backends import Inputs, eager_loss
 from .capture import size_of, untraced
 from .counts import LossCounts, counts_of
-from .folding import Call, binary_weights, folded, is_plain, unfolded
+from .folding import Call, binary_weights, folded, is_plain, pixel_weights, unfolded
 from .options import LossKeywords, LossOptions, options_of, takes_options
 from .plain import class_weights
 from .proxy.network import EdgeProxy
@@ -148,6 +148,7 @@ def general_loss(
             loss = eager_loss(Inputs(*call[:4]), proxy, lambda_ce, lambda_semeda, options)
             if loss is not None:
                 return loss
+    call = pixel_weights(call)
     if call.pos_weight is not None:
         call = call._replace(weight=binary_weights(call.weight, call.pos_weight))
     terms = _terms(call, proxy, options)
