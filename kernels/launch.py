@@ -46,6 +46,7 @@ class Inputs:
         logits: [N,C,H,W], or [N,1,H,W] in binary mode; any strides.
         target: [N,H,W] labels, or a float distribution [N,C,H,W].
         valid: [N,H,W] bool, or None.
+            Images in groups: [A,B,C,H,W], and A and B in the place of N in target and valid.
         class_weight: [weight_rows, C] fp32, contiguous, or None.
         flat: the proxy's weights, then its biases, fp32 in one tensor.
     """
@@ -57,12 +58,17 @@ class Inputs:
     flat: Tensor
 
     def label_strides(self) -> dict[str, int]:
-        """Of target and valid, as the kernels take them."""
-        strides = self.target.stride()
-        t = strides if len(strides) == 4 else (strides[0], 0, *strides[1:])
-        v = (0, 0, 0) if self.valid is None else self.valid.stride()
+        """Of target and valid, as the kernels take them, and how many images are in a group."""
+        groups = self.logits.dim() == 5
+        t_outer, *t = self.target.stride() if groups else (0, *self.target.stride())
+        if len(t) == 3:
+            t.insert(1, 0)
+        v_outer, *v = (0, 0, 0, 0)
+        if self.valid is not None:
+            v_outer, *v = self.valid.stride() if groups else (0, *self.valid.stride())
         names = ("t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w", "v_stride_n", "v_stride_h", "v_stride_w")
-        return dict(zip(names, (*t, *v), strict=True))
+        fold = self.logits.shape[1] if groups else max(self.logits.shape[0], 1)
+        return {**dict(zip(names, (*t, *v), strict=True)), "fold": fold, "t_outer": t_outer, "v_outer": v_outer}
 
 
 @dataclass
@@ -77,12 +83,14 @@ class Prepared:
 
 def _unit_strides(tensor: Tensor) -> tuple[bool, bool]:
     """Whether neighbouring classes, and neighbouring columns, are adjacent in memory."""
-    _, c, _, w = tensor.stride()
+    c, _, w = tensor.stride()[-3:]
     return c == 1, w == 1
 
 
 def _strides(prefix: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{prefix}_stride_{axis}": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
+    outer, *strides = tensor.stride() if tensor.dim() == 5 else (0, *tensor.stride())
+    named = {f"{prefix}_stride_{axis}": stride for axis, stride in zip("nchw", strides, strict=True)}
+    return {f"{prefix}_outer": outer, **named}
 
 
 def _image(plan: Plan, config: LaunchConfig) -> tuple[dict[str, int], int]:
@@ -208,7 +216,7 @@ def forward_launches(
             "BLOCK_W": softmax.block_w,
             "BINARY": config.mode == "binary",
             "SOFT": plan.soft,
-            "ONE_CHANNEL": plan.soft and inputs.target.shape[1] == 1 and config.mode == "binary",
+            "ONE_CHANNEL": plan.soft and inputs.target.shape[-3] == 1 and config.mode == "binary",
             "HAS_SMOOTHING": config.label_smoothing > 0,
             "UNIT_C": unit_c,
             "UNIT_W": unit_w,
@@ -407,7 +415,7 @@ def backward_launches(
             "KSIZE": first.size,
             "BINARY": config.mode == "binary",
             "SOFT": plan.soft,
-            "ONE_CHANNEL": plan.soft and inputs.target.shape[1] == 1 and config.mode == "binary",
+            "ONE_CHANNEL": plan.soft and inputs.target.shape[-3] == 1 and config.mode == "binary",
             "MAPS": maps,
             "UNIT_C": unit_c,
             "UNIT_W": unit_w,

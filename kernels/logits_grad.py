@@ -12,17 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import read_distribution, read_labels, read_logits, tile_pixels
+from .geometry import image_offset, read_distribution, read_labels, read_logits, tile_pixels
 from .layers import gradient_products
 
 
 @triton.jit(
     do_not_specialize=[
         "H", "W", "P", "tiles_x", "tiles_per_image", "unit",
-        "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
-        "g_stride_n", "g_stride_c", "g_stride_h", "g_stride_w",
-        "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
-        "v_stride_n", "v_stride_h", "v_stride_w", "weight_rows", "ignore_index", "label_smoothing",
+        "fold", "z_outer", "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
+        "g_outer", "g_stride_n", "g_stride_c", "g_stride_h", "g_stride_w",
+        "t_outer", "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
+        "v_outer", "v_stride_n", "v_stride_h", "v_stride_w", "weight_rows", "ignore_index", "label_smoothing",
     ]
 )  # fmt: skip
 def logits_bwd_kernel(
@@ -41,18 +41,23 @@ def logits_bwd_kernel(
     tiles_x,
     tiles_per_image,
     unit,  # what the seeds were divided by
+    fold,  # images of a group
+    z_outer,  # from group to group
     z_stride_n,
     z_stride_c,
     z_stride_h,
     z_stride_w,
+    g_outer,
     g_stride_n,
     g_stride_c,
     g_stride_h,
     g_stride_w,
+    t_outer,
     t_stride_n,
     t_stride_c,
     t_stride_h,
     t_stride_w,
+    v_outer,
     v_stride_n,
     v_stride_h,
     v_stride_w,
@@ -100,10 +105,12 @@ def logits_bwd_kernel(
 
     # 2. softmax again
     v, bad, label = read_labels(
-        target, valid, n, y, x, inside, t_stride_n, t_stride_h, t_stride_w, v_stride_n, v_stride_h, v_stride_w,
-        ignore_index, C, SOFT,
+        target, valid, n, y, x, inside, fold, t_outer, t_stride_n, t_stride_h, t_stride_w,
+        v_outer, v_stride_n, v_stride_h, v_stride_w, ignore_index, C, SOFT,
     )  # fmt: skip
-    z = read_logits(logits, n, y, x, v, z_stride_n, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY)
+    z = read_logits(
+        logits, n, y, x, v, fold, z_outer, z_stride_n, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY
+    )
     exponential = tl.exp(z - tl.max(z, axis=1)[:, None])
     s = exponential / tl.sum(exponential, axis=1)[:, None]
 
@@ -123,7 +130,20 @@ def logits_bwd_kernel(
         weight = tl.load(class_weight + (n % weight_rows) * C + c, mask=real, other=0.0)
     if SOFT:
         goal = read_distribution(
-            target, n, y, x, v, t_stride_n, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL
+            target,
+            n,
+            y,
+            x,
+            v,
+            fold,
+            t_outer,
+            t_stride_n,
+            t_stride_c,
+            t_stride_h,
+            t_stride_w,
+            C,
+            BLOCK_C,
+            ONE_CHANNEL,
         )
     else:
         goal = tl.where(c[None, :] == label[:, None], 1.0, 0.0)
@@ -134,7 +154,7 @@ def logits_bwd_kernel(
     # 5. the gradient, zero at void pixels whatever their logits hold
     d_z = tl.where(v[:, None], d_z, 0.0)
     d_z = tl.where(bad[:, None], float("nan"), d_z)
-    pixel = n.to(tl.int64) * g_stride_n + y.to(tl.int64) * g_stride_h + x.to(tl.int64) * g_stride_w
+    pixel = image_offset(n, fold, g_outer, g_stride_n) + y.to(tl.int64) * g_stride_h + x.to(tl.int64) * g_stride_w
     if BINARY:
         d_one = tl.sum(tl.where((c == 1)[None, :], d_z, 0.0), axis=1)
         tl.store(d_logits + pixel, d_one.to(d_logits.dtype.element_ty), mask=inside)

@@ -21,9 +21,10 @@ from .geometry import read_distribution, read_labels, read_logits, tile_pixels, 
 @triton.jit(
     do_not_specialize=[
         "H", "W", "tiles_x", "tiles_per_image", "tiles",
-        "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
-        "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
-        "v_stride_n", "v_stride_h", "v_stride_w", "weight_rows", "ignore_index", "label_smoothing", "tolerance",
+        "fold", "z_outer", "z_stride_n", "z_stride_c", "z_stride_h", "z_stride_w",
+        "t_outer", "t_stride_n", "t_stride_c", "t_stride_h", "t_stride_w",
+        "v_outer", "v_stride_n", "v_stride_h", "v_stride_w", "weight_rows",
+        "ignore_index", "label_smoothing", "tolerance",
     ]
 )  # fmt: skip
 def softmax_fwd_kernel(
@@ -42,14 +43,18 @@ def softmax_fwd_kernel(
     tiles_x,
     tiles_per_image,
     tiles,
+    fold,  # images of a group
+    z_outer,  # from group to group
     z_stride_n,
     z_stride_c,
     z_stride_h,
     z_stride_w,
+    t_outer,
     t_stride_n,
     t_stride_c,
     t_stride_h,
     t_stride_w,
+    v_outer,
     v_stride_n,
     v_stride_h,
     v_stride_w,
@@ -83,10 +88,12 @@ def softmax_fwd_kernel(
 
     # 1. labels and logits
     v, bad, label = read_labels(
-        target, valid, n, y, x, inside, t_stride_n, t_stride_h, t_stride_w, v_stride_n, v_stride_h, v_stride_w,
-        ignore_index, C, SOFT,
+        target, valid, n, y, x, inside, fold, t_outer, t_stride_n, t_stride_h, t_stride_w,
+        v_outer, v_stride_n, v_stride_h, v_stride_w, ignore_index, C, SOFT,
     )  # fmt: skip
-    z = read_logits(logits, n, y, x, v, z_stride_n, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY)
+    z = read_logits(
+        logits, n, y, x, v, fold, z_outer, z_stride_n, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY
+    )
 
     # 2. softmax
     shifted = z - tl.max(z, axis=1)[:, None]
@@ -101,7 +108,20 @@ def softmax_fwd_kernel(
         weight = tl.load(class_weight + (n % weight_rows) * C + c, mask=real, other=0.0)
     if SOFT:
         goal = read_distribution(
-            target, n, y, x, v, t_stride_n, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL
+            target,
+            n,
+            y,
+            x,
+            v,
+            fold,
+            t_outer,
+            t_stride_n,
+            t_stride_c,
+            t_stride_h,
+            t_stride_w,
+            C,
+            BLOCK_C,
+            ONE_CHANNEL,
         )
         fine = (tl.abs(tl.sum(goal, axis=1) - 1.0) < tolerance) & (tl.min(goal, axis=1) > -0.01)
         bad = v & (fine == 0) & (tolerance > 0)  # a NaN is not fine, and no value above 1 leaves a sum of 1

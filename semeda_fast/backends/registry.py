@@ -320,6 +320,7 @@ register(
         triton.why_failing,
         fused=True,
         checks_labels=True,
+        folds=True,
         by_name_on=("cpu",),
         half_products=True,
     )

@@ -95,7 +95,7 @@ def _launches() -> ModuleType:
 
 
 def _plan(problem: Problem) -> Any:
-    n, _, h, w = problem.logits.shape
+    n, (h, w) = images(problem.logits), problem.logits.shape[-2:]
     plan = _plan_module()
     tile = INTERPRETER_TILE if interpreted() else plan.TILE
     return plan.make_plan(problem.config, (n, h, w), problem.logits.dtype, problem.target.is_floating_point(), tile)
