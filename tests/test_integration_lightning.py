@@ -61,7 +61,7 @@ def fitted(folder: Path, module: Any, *, epochs: int = 1, resume: Path | None = 
         enable_model_summary=False, num_sanity_val_steps=1, **options,
     )  # fmt: skip
     load = torch.utils.data.DataLoader
-    trainer.fit(module, load(batches(1), batch_size=None), load(batches(2), batch_size=None), resume)
+    trainer.fit(module, load(batches(1), batch_size=None), load(batches(2), batch_size=None), ckpt_path=resume)
     return trainer
 
 

@@ -16,7 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from semeda_fast import MultiScaleLoss, SemedaLoss
 
 CLASSES, SIZE, RANKS, VOID = 5, 24, 2, 255
-SHARES = {"0 and 95 %": (0.0, 0.0, 0.95, 0.95), "0, 30, 95, 30 %": (0.0, 0.3, 0.95, 0.3), "all of one": (0.0, 0.3, 1.0, 1.0)}
+SHARES = {
+    "0 and 95 %": (0.0, 0.0, 0.95, 0.95),
+    "0, 30, 95, 30 %": (0.0, 0.3, 0.95, 0.3),
+    "all of one": (0.0, 0.3, 1.0, 1.0),
+}
 MODES = ("multiclass", "multilabel", "volume", "outputs")
 
 
@@ -125,7 +129,9 @@ def process(rank: int, folder: str) -> None:
     """All cases in one process a rank: starting one takes seconds."""
     torch.set_num_threads(1)
     # What a launcher says; Accelerate reads it, and takes the group that is there.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="localhost", MASTER_PORT="0")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="localhost", MASTER_PORT="0"
+    )
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     found = {(way, mode, s): WAYS[way](rank, mode, SHARES[s]) for way in WAYS for mode in MODES for s in SHARES}

@@ -101,7 +101,7 @@ def compute_loss_func(criterion: SemedaLoss | MultiScaleLoss) -> TrainerLoss:
 
     Example:
         >>> criterion = SemedaLoss(num_classes=21, ignore_index=255)
-        >>> trainer = Trainer(model=model, args=args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
+        >>> trainer = Trainer(model=model, args=args, compute_loss_func=compute_loss_func(criterion), ...)
         >>> count_whole_batches(trainer)
         >>> trainer.train()
     """
