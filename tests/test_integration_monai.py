@@ -1,4 +1,4 @@
-"""MONAI: the loss_function of SupervisedTrainer, with MetaTensors, float labels [N,1,...], a 3-D UNet, beside DiceCE."""
+"""MONAI: loss_function of SupervisedTrainer, with MetaTensors, float labels [N,1,...], a 3-D UNet, beside DiceCE."""
 
 from __future__ import annotations
 
