@@ -275,6 +275,7 @@ MODE = requested_mode()
 ARCHITECTURES = requested_architectures()
 
 setup(
+    py_modules=["semeda_fast_command"],
     packages=[
         "semeda_fast",
         "semeda_fast.backends",

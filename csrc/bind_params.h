@@ -42,11 +42,13 @@ inline void put(TensorView& view, const Place& place) {
 }
 
 inline TensorView make_view(std::uintptr_t address, int dtype, const std::array<std::int64_t, 4>& strides,
-                            std::int64_t offset, std::int64_t bytes) {
+                            std::int64_t offset, std::int64_t bytes, std::int64_t fold, std::int64_t outer) {
     check_range("a dtype's code", dtype, 0, static_cast<int>(DType::u16));
     TensorView view;
     view.dtype = static_cast<DType>(dtype);
     for (int i = 0; i < 4; ++i) view.stride[i] = strides[static_cast<std::size_t>(i)];
+    view.fold = fold;
+    view.outer = outer;
     put(view, {address, offset, bytes});
     return view;
 }
@@ -82,8 +84,10 @@ inline py::class_<LossParams> define_params(py::module_& module) {
     py::class_<TensorView>(
         module, "View", py::module_local(),
         "A strided tensor: address, dtype code, strides (n, c, h, w) in elements, and of its "
-        "storage: the elements in front of the address, the bytes in all.")
-        .def(py::init(&make_view));
+        "storage: the elements in front of the address, the bytes in all; images in groups of `fold`, "
+        "`outer` elements apart.")
+        .def(py::init(&make_view), py::arg("address"), py::arg("dtype"), py::arg("strides"),
+             py::arg("offset"), py::arg("bytes"), py::arg("fold") = 0, py::arg("outer") = 0);
     py::class_<LossParams> params(module, "LossParams", py::module_local(),
                                   "One computation of the loss; see csrc/params.h.");
     params.def(py::init<>())

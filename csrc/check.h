@@ -80,14 +80,20 @@ inline void need(const char* name, const TensorView& view, const Size4& size) {
     const std::int64_t element = element_bytes(view.dtype);
     std::int64_t first = 0, last = 0;  // bytes from data to the outermost elements
     bool empty = false;
-    for (int i = 0; i < 4; ++i) {
-        const std::int64_t stride = view.stride[i], steps = size.of[i] - 1;
+    std::int64_t sizes[5] = {size.of[0], size.of[1], size.of[2], size.of[3], 1};
+    if (view.fold < 0 || (view.fold > 0 && size.of[0] % view.fold != 0)) {
+        refuse(std::string(name) + " has " + std::to_string(size.of[0]) + " images in groups of " +
+               std::to_string(view.fold));
+    }
+    if (view.fold > 0) sizes[0] = view.fold, sizes[4] = size.of[0] / view.fold;
+    for (int i = 0; i < 5; ++i) {
+        const std::int64_t stride = i < 4 ? view.stride[i] : view.outer, steps = sizes[i] - 1;
         empty |= steps < 0;
         // Over a size of 1, too: kernels may multiply with such a stride though they never step by it.
         const std::int64_t most = MAX_STRIDE / (steps > 1 ? steps : 1);
         if (stride > most || stride < -most) {
             refuse(std::string(name) + " has a stride of " + std::to_string(stride) +
-                   " elements over a size of " + std::to_string(size.of[i]));
+                   " elements over a size of " + std::to_string(sizes[i]));
         }
         if (steps > 0) (stride < 0 ? first : last) += steps * stride * element;
     }

@@ -31,7 +31,17 @@ struct View {
     void* data = nullptr;
     DType dtype = DType::f32;
     std::int64_t stride[4] = {0, 0, 0, 0};  // n, c, h, w; c is unused where the tensor has no channels
+    // Images that no single stride leads through, such as slices of several volumes: image n is number n %
+    // fold of group n / fold, which lie `outer` elements apart. 0: there are no groups.
+    std::int64_t fold = 0, outer = 0;
 };
+
+// In elements, of a pixel of the first channel; for the CPU.
+inline std::int64_t offset_of(const View& view, std::int64_t n, std::int64_t y, std::int64_t x) {
+    const std::int64_t image =
+        view.fold > 0 ? n / view.fold * view.outer + n % view.fold * view.stride[0] : n * view.stride[0];
+    return image + y * view.stride[2] + x * view.stride[3];
+}
 
 // What a caller hands over is held against these sizes by check.h before a kernel sees it as a View or a
 // pointer.

@@ -6,14 +6,19 @@ criterion = SemedaLoss(num_classes=21, ignore_index=255)
 loss = criterion(logits, target)
 """
 
-from .backends import backend_info
-from .counts import LossCounts
-from .functional import semeda_loss
-from .loss import SemedaLoss
-from .outputs import MultiScaleLoss
-from .pickles import safe_globals
-from .proxy.network import EdgeProxy
-from .proxy.training import train_proxy
+import sys
+from typing import TYPE_CHECKING
+
+# The command prints its help without torch. Everybody else gets names and operators with the import.
+if TYPE_CHECKING or not getattr(sys.modules.get("semeda_fast_command"), "running", False):
+    from .backends import backend_info
+    from .counts import LossCounts
+    from .functional import semeda_loss
+    from .loss import SemedaLoss
+    from .outputs import MultiScaleLoss
+    from .pickles import safe_globals
+    from .proxy.network import EdgeProxy
+    from .proxy.training import train_proxy
 
 __version__ = "0.1.0"
 

@@ -278,8 +278,8 @@ def distribution_advice(values: Tensor, wrong: Tensor, one_channel: bool, masked
         scaled = f"to make them sum to 1, pass target / {total}.clamp(min=1e-3) and {mask('target.sum(dim=1) > 1e-3')}"
     if high > 1:
         return f"If the classes share a pixel so, {scaled}"
-    repeated = ", valid_mask=valid_mask.repeat_interleave(target.shape[1], 0)" if masked else ""
+    mask_too = ", valid_mask=valid_mask" if masked else ""
     return (
-        f"If several classes share a pixel, {scaled}; if each has a sigmoid of its own, call SemedaLoss(mode='binary')"
-        f"(logits.flatten(0, 1).unsqueeze(1), target.flatten(0, 1).unsqueeze(1){repeated})"
+        f"If several classes share a pixel, {scaled}; if each has a sigmoid of its own, call "
+        f"SemedaLoss(mode='multilabel')(logits, target{mask_too})"
     )

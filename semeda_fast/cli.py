@@ -1,5 +1,7 @@
 """The command `semeda-fast`: train-proxy, info, inspect.
 
+Nothing here imports torch or numpy before a subcommand runs, so that help and the shell's completion answer at once.
+
 Exit codes: 0 fine; 2 wrong usage or bad input, with a message on stderr; 1 anything unexpected; 130 Ctrl-C.
 """
 
@@ -9,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import inspect
 import json
 import platform
 import sys
@@ -19,18 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
-
-from . import __version__
-from .advice import FILES, VOID, Labels, label_advice, lost_foreground
-from .backends import backend_info
+from . import __version__, defaults
 from .errors import BackendUnavailableError, MissingExtraError, ProxyWarning, missing_extra
 from .files import atomic_path
-from .proxy.masks import MaskFolder
-from .proxy.network import EdgeProxy
-from .proxy.processes import on_cpu
-from .proxy.training import train_proxy
 
 try:
     import typer
@@ -45,10 +37,11 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from .inspection import Inspection
+    from .proxy.masks import MaskFolder
+    from .proxy.network import EdgeProxy
 
 # What users can do something about; everything else is a fault of this package.
 EXPECTED = (ValueError, OSError, BackendUnavailableError, MissingExtraError)
-DEFAULT = {name: parameter.default for name, parameter in inspect.signature(train_proxy).parameters.items()}
 
 
 def main() -> None:
@@ -62,7 +55,11 @@ def main() -> None:
 def build_app() -> typer.Typer:
     """The typer application; needs typer."""
     # Plain text, and our own exit codes instead of typer's tracebacks: output is read by logs too.
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
     app.callback()(_root)
     app.command("train-proxy")(_train_proxy)
     app.command("info")(_info)
@@ -130,41 +127,41 @@ def _train_proxy(
     masks: Annotated[Path, typer.Argument(metavar="MASKS", help="Folder of mask files.", show_default=False)],
     num_classes: Annotated[int, typer.Option(help="Number of classes; labels are 0 to N-1.", show_default=False)],
     output: Annotated[Path, typer.Option(help="File to write, *.safetensors.", show_default=False)],
-    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = DEFAULT["ignore_index"],
+    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = defaults.IGNORE_INDEX,
     val_masks: Annotated[
         Path | None,
         typer.Option(help="Folder of held-out masks; otherwise --val-fraction of MASKS is held out."),
-    ] = DEFAULT["val_masks"],
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
             metavar="GLOB", help="Which files of a folder are masks, such as '*_labelIds.png'; otherwise all."
         ),
     ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Part of MASKS to hold out.")] = DEFAULT["val_fraction"],
+    val_fraction: Annotated[float, typer.Option(help="Part of MASKS to hold out.")] = defaults.VAL_FRACTION,
     widths: Annotated[str, typer.Option(metavar="N,N,...", help="Channels of the hidden layers.")] = ",".join(
-        map(str, DEFAULT["widths"])
+        map(str, defaults.WIDTHS)
     ),
-    tap: Annotated[str, typer.Option(metavar="pre|post", help="Compare features before or after the ReLU.")] = DEFAULT[
-        "tap"
-    ],
+    tap: Annotated[
+        str, typer.Option(metavar="pre|post", help="Compare features before or after the ReLU.")
+    ] = defaults.TAP,
     distance: Annotated[
         str, typer.Option(metavar="l1|l2|smooth_l1", help="The loss's default distance with this proxy.")
-    ] = DEFAULT["distance"],
-    radius: Annotated[int, typer.Option(help="Radius of the edge labels in pixels.")] = DEFAULT["radius"],
+    ] = defaults.DISTANCE,
+    radius: Annotated[int, typer.Option(help="Radius of the edge labels in pixels.")] = defaults.RADIUS,
     void: Annotated[
         str,
         typer.Option(metavar="mask|nearest", help="Void pixels: left out, or filled with the nearest label."),
-    ] = DEFAULT["void"],
-    noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the input.")] = DEFAULT["noise"],
+    ] = defaults.VOID,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the input.")] = defaults.NOISE,
     temperature: Annotated[str, typer.Option(metavar="auto|T", help="Temperature of the softmax on the input.")] = str(
-        DEFAULT["temperature"]
+        defaults.TEMPERATURE
     ),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULT["steps"],
-    batch_size: Annotated[int, typer.Option(help="Crops per step, over all processes.")] = DEFAULT["batch_size"],
-    crop_size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = DEFAULT["crop_size"],
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULT["lr"],
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = DEFAULT["seed"],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = defaults.STEPS,
+    batch_size: Annotated[int, typer.Option(help="Crops per step, over all processes.")] = defaults.BATCH_SIZE,
+    crop_size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = defaults.CROP_SIZE,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = defaults.LR,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = defaults.SEED,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -173,6 +170,9 @@ def _train_proxy(
     Several processes share the work under `accelerate launch --multi_gpu --num_processes N -m semeda_fast.cli
     train-proxy ...` or `torchrun --nproc-per-node N -m semeda_fast.cli train-proxy ...`, on CPUs too.
     """
+    from .proxy.masks import MaskFolder
+    from .proxy.training import train_proxy
+
     process = _join_processes()
     if process.is_main_process:  # the only one that writes; the others may run on another machine
         if output.suffix != ".safetensors":
@@ -226,6 +226,9 @@ def _info(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show backends, versions and proxies."""
+    import torch
+
+    from .backends import backend_info
     from .proxy.storage import BUNDLED
 
     facts: dict[str, Any] = {
@@ -264,7 +267,7 @@ def _inspect(
     num_classes: Annotated[
         int | None, typer.Option(help="Number of classes; otherwise the proxy's, or the largest label + 1.")
     ] = None,
-    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = DEFAULT["ignore_index"],
+    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = defaults.IGNORE_INDEX,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -273,8 +276,10 @@ def _inspect(
     The picture shows the mask, its edge labels, the edges that the proxy sees, a damaged prediction, and the
     SEMEDA term of each pixel with the size of its gradient.
     """
+    from .advice import FILES, lost_foreground
     from .inspection import check_suffix, draw, inspect_mask, report
     from .proxy.masks import read_mask
+    from .proxy.network import EdgeProxy
 
     check_suffix(output)
     _check_output(output, overwrite)
@@ -313,6 +318,8 @@ def _join_processes() -> PartialState:
         if error.name != "accelerate":
             raise
         raise missing_extra("semeda-fast train-proxy", "accelerate", "cli") from None
+    from .proxy.processes import on_cpu
+
     return PartialState(cpu=on_cpu())
 
 
@@ -342,6 +349,10 @@ def _parse_temperature(text: str) -> float | str:
 
 def _count_classes(labels: Any, ignore_index: int, path: Path) -> int:
     """Largest label + 1, at least 2."""
+    import numpy as np
+
+    from .advice import FILES, VOID, Labels, label_advice
+
     present = [int(v) for v in np.unique(labels)]
     wrong = [v for v in present if v != ignore_index and not 0 <= v < VOID]  # more than the bundled proxy has, or void
     count = max([1, *(v for v in present if v != ignore_index and v not in wrong)]) + 1
@@ -366,6 +377,8 @@ def _version(package: str) -> str | None:
 
 def _proxy_facts(path: Path) -> dict[str, Any]:
     """Everything that a proxy's file says, with nothing but JSON types."""
+    from .proxy.network import EdgeProxy
+
     proxy = EdgeProxy.load(path)
     return {
         "file": str(path),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import not_ignored
+from .folding import of_pixels
 from .options import LossOptions
 
 if TYPE_CHECKING:
@@ -87,14 +88,12 @@ def counts_of(
             target = target.squeeze(1)
         v = target != options.ignore_index if soft else not_ignored(target, options.ignore_index)
 
-    def of_pixels(tensor: Tensor) -> Tensor:
-        if tensor.dim() == v.dim() + 1 and tensor.shape[1] == 1:
-            return tensor.squeeze(1)
-        return tensor.unsqueeze(1) if many and tensor.dim() == v.dim() - 1 else tensor
-
+    shape = tuple(v.shape)
     if valid is not None:
-        v = v & of_pixels(valid)
-    shares = None if pixel_weight is None else torch.where(v, of_pixels(pixel_weight).detach().float(), 0.0)
+        v = v & of_pixels("valid_mask", valid, shape, many)
+    shares = None
+    if pixel_weight is not None:
+        shares = torch.where(v, of_pixels("pixel_weight", pixel_weight, shape, many).detach().float(), 0.0)
     count = v.sum() if shares is None else shares.sum()
     if weight is None or soft or many:
         return LossCounts(count.to(torch.float32), count)

@@ -5,6 +5,8 @@ Each derives from a built-in class, so code that catches the built-in keeps work
 
 from __future__ import annotations
 
+__all__ = ["BackendUnavailableError", "MaskFileError", "MissingExtraError", "ProxyFileError", "ProxyWarning"]
+
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the text says why and what to do."""

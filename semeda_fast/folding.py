@@ -53,6 +53,17 @@ def folded(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[i
     return call, options, None
 
 
+def pixel_weights(call: Call) -> Call:
+    """The call of images, with pixel weights in the shape of the maps, [N,H,W]."""
+    if call.pixel_weight is None:
+        return call
+    target = call.target
+    images = call.logits.shape[0] if call.logits.dim() == 4 else call.logits.shape[0] * call.logits.shape[1]
+    return call._replace(
+        pixel_weight=of_pixels("pixel_weight", call.pixel_weight, (images, target.shape[-2], target.shape[-1]))
+    )
+
+
 def _slices(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[int, ...]]:
     """A volume [N,C,D,H,W]: its slices along slice_dim are images."""
     logits, target = call.logits, call.target
@@ -69,21 +80,16 @@ def _slices(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[
     _check_volume(call, options, sizes, (n, *volume))
     shape = tuple(sizes)
     over = dim - 1  # of what has no channels
-    target = target.movedim(dim if soft else over, 1).flatten(0, 1)
 
     def pixels(name: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else _of_shape(name, tensor, shape).movedim(over, 1).flatten(0, 1)
+        return None if tensor is None else of_pixels(name, tensor, shape).movedim(over, 1)
 
-    return (
-        call._replace(
-            logits=logits.movedim(dim, 1).flatten(0, 1),
-            target=target,
-            valid=pixels("valid_mask", call.valid),
-            pixel_weight=pixels("pixel_weight", call.pixel_weight),
-        ),
-        options,
-        shape,
+    logits, target, valid = _joined(
+        1, logits.movedim(dim, 1), target.movedim(dim if soft else over, 1), pixels("valid_mask", call.valid)
     )
+    weights = pixels("pixel_weight", call.pixel_weight)
+    weights = None if weights is None else weights.flatten(0, 1)
+    return call._replace(logits=logits, target=target, valid=valid, pixel_weight=weights), options, shape
 
 
 def _check_volume(call: Call, options: LossOptions, sizes: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -145,24 +151,44 @@ def _planes(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[
     def plane(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        if tensor.dim() == len(shape) - 1:
-            tensor = tensor.unsqueeze(1).expand(shape) if tensor.shape == (n, *shape[2:]) else tensor
-        tensor = _of_shape(name, tensor, shape)
-        return (tensor.movedim(options.slice_dim, 2) if len(shape) == 5 else tensor).flatten(0, -3)
+        tensor = of_pixels(name, tensor, shape, many=True)
+        return tensor.movedim(options.slice_dim, 2) if len(shape) == 5 else tensor
 
-    images = target.flatten(0, -3)
-    return (
-        Call(
-            logits=logits.flatten(0, -3).unsqueeze(1),
-            target=images.unsqueeze(1) if target.is_floating_point() else images,
-            valid=plane("valid_mask", call.valid),
-            weight=plane_weights(call.weight, call.pos_weight, c, slices, logits),
-            pos_weight=None,
-            pixel_weight=plane("pixel_weight", call.pixel_weight),
-        ),
-        replace(options, mode="binary"),
-        shape,
+    weight = plane_weights(call.weight, call.pos_weight, c, slices, logits)
+    pixel_weight = plane("pixel_weight", call.pixel_weight)
+    soft = target.is_floating_point()
+    logits, target, valid = _joined(logits.dim() - 3, logits, target, plane("valid_mask", call.valid))
+    folded_call = Call(
+        logits=logits.unsqueeze(-3),
+        target=target.unsqueeze(-3) if soft else target,
+        valid=valid,
+        weight=weight,
+        pos_weight=None,
+        pixel_weight=None if pixel_weight is None else pixel_weight.flatten(0, -3),
     )
+    return folded_call, replace(options, mode="binary"), shape
+
+
+def _joined(seams: int, logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first dimensions, one more than seams, as one; or as two where no strides lead through them in one step.
+
+    Logits are copied only where there would be three.
+    """
+    tensors = [tensor for tensor in (logits, target, valid) if tensor is not None]
+    while seams:
+        free = [i for i in range(seams) if all(_is_even(tensor, i) for tensor in tensors)]
+        if not free and seams == 1:
+            break
+        at = free[0] if free else 0
+        tensors = [tensor.flatten(at, at + 1) for tensor in tensors]
+        seams -= 1
+    return tensors[0], tensors[1], tensors[2] if valid is not None else None
+
+
+def _is_even(tensor: Tensor, dim: int) -> bool:
+    """Whether one stride leads through this dimension and the next."""
+    sizes = tensor.shape[dim : dim + 2]
+    return 0 in tensor.shape or 1 in sizes or tensor.stride(dim) == tensor.stride(dim + 1) * sizes[1]
 
 
 def plane_weights(
@@ -190,12 +216,22 @@ def _one_a_class(name: str, tensor: Tensor, num_classes: int) -> Tensor:
     return tensor.to(torch.float32).reshape(-1)
 
 
-def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def of_pixels(name: str, tensor: Tensor, shape: tuple[int, ...], many: bool = False) -> Tensor:
+    """A mask or weights of the target's pixels, in their shape; `many`: of planes, which may share them.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if tuple(tensor.shape) == shape:
         return tensor
-    if tensor.dim() == len(shape) + 1 and tensor.shape[1] == 1 and tuple(tensor.squeeze(1).shape) == shape:
+    if many and tuple(tensor.shape) == (shape[0], *shape[2:]):
+        return tensor.unsqueeze(1).expand(shape)
+    if not many and tensor.dim() == len(shape) + 1 and tuple(tensor.shape) == (shape[0], 1, *shape[1:]):
         return tensor.squeeze(1)
-    raise ValueError(f"{name} must have the shape {list(shape)} of the target's pixels, got {list(tensor.shape)}")
+    shared = f", or {[shape[0], *shape[2:]]} for all planes" if many else ""
+    raise ValueError(
+        f"{name} must have the shape {list(shape)} of the target's pixels{shared}, got {list(tensor.shape)}"
+    )
 
 
 def binary_weights(weight: Tensor | None, pos_weight: Tensor) -> Tensor:

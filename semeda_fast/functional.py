@@ -12,7 +12,7 @@ from . import backends, checks
 from .backends import Inputs, eager_loss
 from .capture import size_of, untraced
 from .counts import LossCounts, counts_of
-from .folding import Call, binary_weights, folded, is_plain, unfolded
+from .folding import Call, binary_weights, folded, is_plain, pixel_weights, unfolded
 from .options import LossKeywords, LossOptions, options_of, takes_options
 from .plain import class_weights
 from .proxy.network import EdgeProxy
@@ -143,10 +143,12 @@ def general_loss(
     call, shape = Call(logits, target, valid_mask, weight, pos_weight, pixel_weight), None
     if many or not is_plain(logits, target, options):
         call, options, shape = folded(call, options)
-        if more is None and call.weight is None and not return_components and not torch.compiler.is_compiling():
+        short = more is None and call.weight is None and call.logits.dim() == 4
+        if short and not return_components and not torch.compiler.is_compiling():
             loss = eager_loss(Inputs(*call[:4]), proxy, lambda_ce, lambda_semeda, options)
             if loss is not None:
                 return loss
+    call = pixel_weights(call)
     if call.pos_weight is not None:
         call = call._replace(weight=binary_weights(call.weight, call.pos_weight))
     terms = _terms(call, proxy, options)
@@ -184,11 +186,11 @@ def general_loss(
 def _terms(call: Call, proxy: EdgeProxy, options: LossOptions) -> LossTerms:
     """Of images; as maps where they are still to be weighted."""
     logits, target, valid_mask = call.logits, call.target, call.valid
-    if options.mode == "binary" and target.dim() == 4 and size_of(target, 1) == 1:
+    if options.mode == "binary" and target.dim() == logits.dim() and size_of(target, -3) == 1:
         if not target.is_floating_point():
-            target = target.squeeze(1)  # the shape that BCEWithLogitsLoss takes
+            target = target.squeeze(-3)  # the shape that BCEWithLogitsLoss takes
         else:
-            labelled = target.squeeze(1) != options.ignore_index  # void as such targets have it, beside probabilities
+            labelled = target.squeeze(-3) != options.ignore_index  # void as such targets have it, beside probabilities
             if valid_mask is None:
                 valid_mask = labelled
             elif untraced(_fits, valid_mask, labelled):  # else the checks object to it

@@ -36,7 +36,7 @@ class MultiScaleLoss(nn.Module):
         one, `.aux_logits` or `.auxiliary_logits`. Names: the dict's keys, "logits" and "aux_logits", or "0", "1", ...
 
     Raises:
-        ValueError, TypeError: outputs that hold no logits, or weights that do not fit them; and what `criterion` raises.
+        ValueError, TypeError: outputs without logits, or weights that do not fit them; and what `criterion` raises.
 
     Example:
         >>> criterion = MultiScaleLoss(SemedaLoss(num_classes=21, ignore_index=255), {"out": 1.0, "aux": 0.5})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+__all__ = ["ramp"]
+
 
 def ramp(position: float, start: float, length: float, power: float = 1.0) -> float:
     """A factor that is 0 up to `start`, rises over `length`, and is 1 from there on.

@@ -27,9 +27,6 @@ def logits_rank(logits: Tensor, target: Tensor, spec: LossSpec) -> str:
     if len(shape) == 3:
         also = " and target.unsqueeze(0)" if target.dim() == 2 or target.is_floating_point() else ""
         return f"add a batch dimension with logits.unsqueeze(0){also}"
-    if len(shape) == 5:
-        labels = "target.transpose(1, 2).flatten(0, 1)" if target.dim() == 5 else "target.flatten(0, 1)"
-        return f"of a volume [N,C,D,H,W] pass the slices as images, logits.transpose(1, 2).flatten(0, 1) and {labels}"
     return "the loss sees neighbours, so it takes whole images"
 
 
@@ -39,9 +36,8 @@ def logits_channels(logits: Tensor, num_classes: int, spec: LossSpec) -> str:
     if spec.mode == "binary":
         if last == 1:
             return "the channel is the last dimension here: pass logits.permute(0, 3, 1, 2)"
-        folded = "logits.flatten(0, 1).unsqueeze(1) and target.flatten(0, 1).unsqueeze(1)"
         exclusive = f"for classes that exclude each other use mode='multiclass' with num_classes={channels}"
-        return f"{exclusive}, for others pass {folded}"
+        return f"{exclusive}, for others mode='multilabel' with a target of that shape"
     if channels == 1:
         return "for one channel with a sigmoid use mode='binary'"
     if last == num_classes:

@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "semeda_fast", "kernels", "csrc")
+SOURCE = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "semeda_fast", "semeda_fast_command.py")
+SOURCE += ("kernels", "csrc")
 # What may direct a build, or another package's import.
 DROPPED = ("SEMEDA_FAST_BUILD", "SEMEDA_FAST_CUDA_ARCHS", "PYTHONPATH", "PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
 DROPPED += ("PIP_NO_BUILD_ISOLATION", "CUDA_HOME", "CUDA_PATH", "SEMEDA_FAST_CUDA_EMULATION")

@@ -50,9 +50,6 @@ def one_hot(y: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(y, C).movedim(3, 1)
 
 
-FOLD = "logits.flatten(0, 1).unsqueeze(1)"
-FOLD_TARGET = "target.flatten(0, 1).unsqueeze(1)"
-VOLUME = "logits.transpose(1, 2).flatten(0, 1)"
 TABLE: dict[str, Row] = {
     "logits with the classes last": Row(lambda z, y: (z.movedim(1, 3), y), "logits.permute(0, 3, 1, 2)"),
     "the channel last": Row(lambda z, y: (z.movedim(1, 3), y), "logits.permute(0, 3, 1, 2)", mode="binary"),
@@ -67,23 +64,16 @@ TABLE: dict[str, Row] = {
         lambda z, y: (z[:, 0], y % 2), "logits.unsqueeze(1)", same=False, options={"mode": "binary"}
     ),
     "one channel, multiclass": Row(lambda z, y: (z[:, :1], y % 2), same=False, options={"mode": "binary"}),
-    "a volume": Row(
-        lambda z, y: (z.unsqueeze(0).transpose(1, 2), y.unsqueeze(0)), VOLUME, "target.flatten(0, 1)"
-    ),
-    "a soft volume": Row(
-        lambda z, y: (z.unsqueeze(0).transpose(1, 2), one_hot(y).float().unsqueeze(0).transpose(1, 2)),
-        VOLUME, "target.transpose(1, 2).flatten(0, 1)",
-    ),
     "other classes": Row(lambda z, y: (z[:, :3], y % 3), same=False, options={"num_classes": 3}),
     "several channels in binary mode": Row(
         lambda z, y: (z.repeat(1, 3, 1, 1), y), same=False, mode="binary",
         options={"mode": "multiclass", "num_classes": 3},
     ),
     "several maps in binary mode": Row(
-        lambda z, y: (z.repeat(1, 3, 1, 1), y.unsqueeze(1).repeat(1, 3, 1, 1)), FOLD, FOLD_TARGET, "binary"
+        lambda z, y: (z.repeat(1, 3, 1, 1), y.unsqueeze(1).repeat(1, 3, 1, 1)), mode="binary",
+        options={"mode": "multilabel"},
     ),
     "half logits of 8 bits": Row(lambda z, y: (z.to(torch.float8_e4m3fn), y), "logits.float()", same=False),
-    "a channel in labels": Row(lambda z, y: (z, y.unsqueeze(1)), "", "target.squeeze(1)"),
     "a last channel in labels": Row(lambda z, y: (z, y.unsqueeze(3)), "", "target.squeeze(3)"),
     "one-hot labels": Row(lambda z, y: (z, one_hot(y)), "", "target.argmax(dim=1)"),
     "one-hot labels, classes last": Row(lambda z, y: (z, one_hot(y).movedim(1, 3)), "", "target.argmax(dim=3)"),
@@ -122,7 +112,7 @@ TABLE: dict[str, Row] = {
 
 def loss_for(backend: str, options: dict[str, Any]) -> SemedaLoss:
     options = dict(options)
-    classes = options.pop("num_classes", 2 if options.get("mode") == "binary" else C)
+    classes = options.pop("num_classes", 2 if options.get("mode") in ("binary", "multilabel") else C)
     return SemedaLoss(make_proxy(classes), backend=backend, **options)
 
 

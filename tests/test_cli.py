@@ -119,7 +119,7 @@ class Recorder:
 
 def test_defaults_are_those_of_train_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(cli, "train_proxy", recorder)
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", recorder)
     result = run("train-proxy", "masks", "--num-classes", 3, "--output", tmp_path / "p.safetensors")
     assert result.exit_code == 0, result.output
     assert recorder.arguments.pop("masks") == Path("masks")
@@ -134,7 +134,7 @@ def test_defaults_are_those_of_train_proxy(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_options_reach_train_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(cli, "train_proxy", recorder)
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", recorder)
     given = {
         "ignore_index": 255,
         "val_masks": Path("held"),
@@ -171,7 +171,7 @@ def refused(result: Any, *words: str, code: int = 2) -> None:
 
 def test_output_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, masks: Path, tmp_path: Path) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(cli, "train_proxy", recorder)
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", recorder)
 
     def train(output: Path, *options: str) -> Any:
         return run("train-proxy", masks, "--num-classes", 3, "--output", output, *options)
@@ -194,7 +194,7 @@ def test_output_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, mask
 
 def test_unwritable_folder(monkeypatch: pytest.MonkeyPatch, masks: Path, tmp_path: Path) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(cli, "train_proxy", recorder)
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", recorder)
     # Taking the permission away does not stop the superuser, so the question is answered for it.
     monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != tmp_path)
     output = tmp_path / "p.safetensors"
@@ -269,14 +269,14 @@ def test_missing_arguments() -> None:
 
 def test_ctrl_c_and_unexpected_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ["train-proxy", "m", "--num-classes", 3, "--output", tmp_path / "p.safetensors"]
-    monkeypatch.setattr(cli, "train_proxy", Recorder(KeyboardInterrupt()))
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", Recorder(KeyboardInterrupt()))
     refused(run(*arguments), "interrupted", code=130)
-    monkeypatch.setattr(cli, "train_proxy", Recorder(ZeroDivisionError("oops")))
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", Recorder(ZeroDivisionError("oops")))
     refused(run(*arguments), "unexpected ZeroDivisionError: oops", "--debug", code=1)
     result = run(*arguments, "--debug")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
-    monkeypatch.setattr(cli, "train_proxy", Recorder(ValueError("no good")))
+    monkeypatch.setattr("semeda_fast.proxy.training.train_proxy", Recorder(ValueError("no good")))
     refused(run(*arguments), "error: no good")
     result = run(*arguments, "--debug")
     assert result.exit_code == 2

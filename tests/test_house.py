@@ -12,7 +12,7 @@ TOOLS = {"semeda_fast.kernels.aot", "semeda_fast.kernels.bench", "semeda_fast.ke
 
 # From the ground up; a file imports from its own floor (within a folder) and from those below.
 FLOORS = (
-    ("errors", "files", "warn", "plain", "advice", "capture", "schedule", "installation"),
+    ("errors", "files", "warn", "plain", "advice", "capture", "schedule", "installation", "defaults"),
     ("options",),
     ("spec", "folding"),
     ("shapes",),

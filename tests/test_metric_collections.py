@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from metric_checks import CASTS, SETTINGS, Batch, alone, feed, same, through_a_file, through_pickle
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torchmetrics import Metric, MetricCollection
@@ -22,8 +21,6 @@ from semeda_fast.metrics import BoundaryF, BoundaryIoU, TrimapIoU
 
 CLASSES = 5
 VOID = 0  # inside the range, so that metrics of another ignore_index take the same targets
-Batch = tuple[Tensor, Tensor]
-Make = Callable[[], dict[str, Metric]]
 
 
 class Halved(BoundaryF):
@@ -60,6 +57,9 @@ def zoo() -> dict[str, Metric]:
         "f3_each": BoundaryF(c, tolerance=3, average="none", ignore_index=v),
         "f_part": BoundaryF(c, tolerance_ratio=0.05, ignore_index=v),
         "f_larger_part": BoundaryF(c, tolerance_ratio=0.1, ignore_index=v),
+        "f3_erosion": BoundaryF(c, tolerance=3, contour="erosion", ignore_index=v),
+        "f3_seam": BoundaryF(c, tolerance=3, contour="seam", ignore_index=v),
+        "dice3_seam": BoundaryF(c, tolerance=3, contour="seam", score="dice", ignore_index=v),
         "iou": BoundaryIoU(c, ignore_index=v),
         "iou_wide": BoundaryIoU(c, dilation_ratio=0.08, ignore_index=v),
         "iou_width1": BoundaryIoU(c, width=1, ignore_index=v),
@@ -107,32 +107,6 @@ REST = [batch(11), batch(12, n=3)]
 each_first = pytest.mark.parametrize("first", FIRST.values(), ids=FIRST.keys())
 
 
-def feed(metrics: Any, batches: list[Batch]) -> None:
-    for pred, target in batches:
-        metrics.update(pred, target)
-
-
-def alone(make: Make, batches: list[Batch]) -> dict[str, Tensor]:
-    """What each metric reports for itself."""
-    key = (make.__qualname__, *(value.numpy().tobytes() for pair in batches for value in pair))
-    if key not in _known:
-        metrics = make()
-        for metric in metrics.values():
-            feed(metric, batches)
-        _known[key] = {name: metric.compute() for name, metric in metrics.items()}
-    return dict(_known[key])
-
-
-_known: dict[Any, dict[str, Tensor]] = {}
-
-
-def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit by bit, NaN equal to NaN."""
-    assert actual.keys() == expected.keys()
-    wrong = [k for k, v in expected.items() if not torch.equal(actual[k].nan_to_num(-1.0), v.nan_to_num(-1.0))]
-    assert not wrong, {k: (actual[k], expected[k]) for k in wrong}
-
-
 def test_the_metrics_tell_the_batches_apart() -> None:
     """The tests below would see one metric report another's number."""
     scores = [float(v) for name, v in alone(zoo, REST).items() if name != "f3_each"]
@@ -177,17 +151,6 @@ def test_a_clone_with_a_prefix(first: Batch, after: bool) -> None:
     same(metrics.compute(), alone(zoo, REST))
 
 
-def through_pickle(metrics: MetricCollection) -> MetricCollection:
-    return pickle.loads(pickle.dumps(metrics))
-
-
-def through_a_file(metrics: MetricCollection) -> MetricCollection:
-    file = io.BytesIO()
-    torch.save(metrics, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def through_state_dict(metrics: MetricCollection) -> MetricCollection:
     metrics.persistent(True)
     state = copy.deepcopy(metrics.state_dict())
@@ -207,18 +170,6 @@ def test_a_copy_goes_on_counting(first: Batch, way: Callable[..., MetricCollecti
     metrics = way(metrics)
     feed(metrics, REST)
     same(metrics.compute(), alone(zoo, [first, *REST]))
-
-
-CASTS: dict[str, Callable[[Any], Any]] = {
-    "to_bfloat16": lambda m: m.to(torch.bfloat16),
-    "to_half": lambda m: m.to(torch.float16),
-    "half": lambda m: m.half(),
-    "bfloat16": lambda m: m.bfloat16(),
-    "set_dtype": lambda m: m.set_dtype(torch.bfloat16),
-    "set_dtype_half": lambda m: m.set_dtype(torch.float16),
-    "double": lambda m: m.double(),
-    "to_empty": lambda m: m.to_empty(device="cpu"),
-}
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
@@ -313,13 +264,14 @@ def test_class_counts_differ() -> None:
 
 @each_first
 def test_equal_settings_share_their_counts(first: Batch) -> None:
-    """Only what `compute` makes of the counts differs: one dilation serves all three."""
+    """Only what `compute` makes of the counts differs: one dilation serves all four."""
 
     def make() -> dict[str, Metric]:
         return {
             "f": BoundaryF(CLASSES, tolerance=3),
             "f_float": BoundaryF(CLASSES, tolerance=3.0, average="none", ignore_index=None),
             "recall": BoundaryF(CLASSES, tolerance=3.0, score="recall"),
+            "dice": BoundaryF(CLASSES, tolerance=3.0, score="dice", mode="multiclass", slice_dim=2, spacing=None),
         }
 
     metrics = MetricCollection(make())
@@ -343,7 +295,7 @@ def test_a_group_forced_on_different_settings_is_an_error() -> None:
 def test_settings_are_fixed() -> None:
     """A setting changed later would belong to none of the counts so far."""
     for name, metric in zoo().items():
-        for setting in ("num_classes", "ignore_index", "tolerance", "tolerance_ratio", "width", "dilation_ratio"):
+        for setting in SETTINGS:
             if not hasattr(metric, setting):
                 continue
             before = getattr(metric, setting)

@@ -62,6 +62,19 @@ def test_labels_beyond_int64_are_no_void_label(metric: Any) -> None:
         metric(3).update(target, pred)
 
 
+@ALL
+def test_counts_of_tensor_subclasses_are_plain(metric: Any) -> None:
+    """MONAI's MetaTensor would stay in the states, and in what is stored of them."""
+
+    class Tagged(Tensor):
+        pass
+
+    pred, target = maps()
+    measure = metric(3)
+    assert result(measure, pred.as_subclass(Tagged), target.as_subclass(Tagged)) == result(metric(3), pred, target)
+    assert {type(state) for state in measure.metric_state.values()} == {type(measure.compute())} == {Tensor}
+
+
 # ----------------------------------------------------------------------------- options
 
 
@@ -209,8 +222,7 @@ def test_shapes_of_others(metric: Any) -> None:
     """A label channel as MONAI has it, and the one channel of a binary network."""
     pred, target = maps(2)
     expected = result(metric(2), pred, target)
-    with pytest.raises(ValueError, match=r"drop the channel with target.squeeze\(1\)$"):
-        metric(2).update(pred, target[:, None])
+    assert result(metric(2), pred, target[:, None]) == expected
     with pytest.raises(TypeError, match=r"pass labels as \[N,H,W\], preds.squeeze\(1\)$"):
         metric(2).update(pred[:, None], target)
     assert result(metric(2), pred[:, None].squeeze(1), target[:, None].squeeze(1)) == expected

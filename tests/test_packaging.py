@@ -170,11 +170,12 @@ def test_mode_none_builds_a_pure_wheel_with_everything_in_it(source: Path, tmp_p
         for path in (ROOT / "semeda_fast").glob(pattern)
     }
     expected |= {f"semeda_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    expected.add("semeda_fast_command.py")
     assert "semeda_fast/py.typed" in expected
     assert any(name.endswith(".safetensors") for name in expected)
     assert {name for name in content if not name.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in content
-    assert "semeda-fast = semeda_fast.cli:main" in scripts
+    assert "semeda-fast = semeda_fast_command:main" in scripts
     assert f"Version: {source_version()}" in metadata
 
     site = unpack(source)

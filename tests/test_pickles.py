@@ -120,7 +120,8 @@ def test_only_public_classes_are_in_a_pickle(maker: Callable[[], SemedaLoss], pr
     names = names_in(pickle.dumps(criterion, protocol))
     ours = {name for name in names if name.startswith("semeda_fast")}
     assert {name for name in ours if not is_public(name)} == set()
-    assert ours == {f"{c.__module__}.{c.__qualname__}" for c in safe_globals()}
+    several = {"semeda_fast.outputs.MultiScaleLoss"}
+    assert ours | several == {f"{c.__module__}.{c.__qualname__}" for c in safe_globals()}
     assert names - ours <= FOREIGN
 
 

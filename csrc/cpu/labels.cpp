@@ -23,9 +23,9 @@ bool row_is_bad(const T* label, std::int64_t stride, const std::uint8_t* valid, 
 template <class T>
 bool is_bad(const LossParams& p, std::int64_t n, std::int64_t y) {
     const View& t = p.target;
-    const T* label = static_cast<const T*>(t.data) + n * t.stride[0] + y * t.stride[2];
+    const T* label = static_cast<const T*>(t.data) + offset_of(t, n, y, 0);
     const auto* valid = static_cast<const std::uint8_t*>(p.valid.data);
-    if (valid) valid += n * p.valid.stride[0] + y * p.valid.stride[2];
+    if (valid) valid += offset_of(p.valid, n, y, 0);
     return row_is_bad(label, t.stride[3], valid, p.valid.stride[3], p.w, p.classes, p.ignore_index);
 }
 

@@ -236,10 +236,6 @@ inline void write_planar(void* base, std::int64_t offset, std::int64_t stride_c,
     }
 }
 
-inline std::int64_t offset_of(const View& view, std::int64_t n, std::int64_t y, std::int64_t x) {
-    return n * view.stride[0] + y * view.stride[2] + x * view.stride[3];
-}
-
 inline void read_floats(const View& view, std::int64_t n, std::int64_t y, std::int64_t x, int channels,
                         int width, float* to, std::ptrdiff_t pitch) {
     const std::int64_t offset = offset_of(view, n, y, x);

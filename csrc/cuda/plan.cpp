@@ -482,6 +482,8 @@ Launch make_launch(const LossParams& params, const DeviceFacts& device, bool bac
     check_memory(params, backward ? Direction::backward : Direction::forward, code_bytes(params), 0);
     need("workspace", workspace, launch.workspace);
     check_address("workspace", workspace.data, PIECE);
+    for (const View* view : {&params.logits, &params.target, &params.valid, &params.d_logits})
+        if (view->fold != 0) refuse("the CUDA kernels take no images in groups");
     if (params.codes.is_given()) check_address("codes", params.codes.data, 2);  // read two bytes at a time
     if (backward)
         for (const std::int64_t stride : params.d_ce.stride)

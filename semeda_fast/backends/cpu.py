@@ -17,7 +17,7 @@ from .fused import FusedOps, check_exchanged_labels, name_bad_labels, why_not_ta
 from .memory import INPUTS, check_unchanged, facts_of
 from .native import native_info, native_module, span
 from .params import add_gradients, fill
-from .problem import Inputs, Outputs, Problem, Saved
+from .problem import Inputs, Outputs, Problem, Saved, images
 
 WHOSE = "the fused CPU kernels"
 MAX_CLASSES = 1024  # csrc/cpu/api.h
@@ -82,7 +82,7 @@ def upsamples(logits: Tensor, target: Tensor) -> bool:
 
     Their scratch for the gradient is of the logits' size.
     """
-    (h, w), (height, width) = logits.shape[2:], target.shape[-2:]
+    (h, w), (height, width) = logits.shape[-2:], target.shape[-2:]
     return bool(2 * h <= height and 2 * w <= width)
 
 
@@ -111,7 +111,7 @@ def _params(problem: Problem) -> tuple[Any, list[Tensor]]:
 
 
 def _saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
-    n, h, w = logits.shape[0], *target.shape[-2:]
+    n, h, w = images(logits), *target.shape[-2:]
     channels = config.channels[1:]
     return Saved(
         (n, h, code_bytes(channels, w, config.tap, config.distance)),

@@ -18,7 +18,7 @@ from .config import FusedConfig, config_text, parse_config
 from .fused import FusedOps, assert_labels, on_device, why_not_taken
 from .native import CUDA_EMULATION, cuda_info, cuda_module, span
 from .params import add_gradients, describe, fill
-from .problem import Outputs, Problem, Saved
+from .problem import Outputs, Problem, Saved, images
 from .trial import first_use
 
 WHOSE = "the CUDA kernels"
@@ -129,7 +129,7 @@ def code_bytes_per_pixel(channels: Sequence[int]) -> int:
 
 def saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
     """What is kept for backward."""
-    n, h, w = logits.shape[0], *target.shape[-2:]
+    n, h, w = images(logits), *target.shape[-2:]
     return Saved((n * h * w * code_bytes_per_pixel(config.channels[1:]),), (0,), torch.float32)
 
 

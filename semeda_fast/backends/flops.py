@@ -5,6 +5,7 @@ That is two convolutions a layer in forward and one in backward; the kernels the
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,17 +36,17 @@ def announce(forward: Any, backward: Any) -> None:
 def _forward_flops(
     logits: Sequence[int], target: Sequence[int], valid: Any, weight: Any, flat: Any, config: str, save: bool, **_: Any
 ) -> int:
-    return 2 * _convolutions(target, config)
+    return 2 * _convolutions(logits, target, config)
 
 
 def _backward_flops(d_ce: Any, d_semeda: Any, logits: Any, target: Sequence[int], *others: Any, **_: Any) -> int:
-    return _convolutions(target, others[-1])
+    return _convolutions(logits, target, others[-1])
 
 
-def _convolutions(target: Sequence[int], config: str) -> int:
+def _convolutions(logits: Sequence[int], target: Sequence[int], config: str) -> int:
     """Of all layers once, for a target of this shape: a multiplication and an addition count as two."""
     settings = parse_config(config)
     channels = settings.channels
     pairs = zip(channels, channels[1:], settings.sizes, strict=False)
-    pixels = target[0] * target[-2] * target[-1]
+    pixels = math.prod(logits[:-3]) * target[-2] * target[-1]
     return 2 * pixels * sum(before * out * size * size for before, out, size in pairs)

@@ -20,7 +20,7 @@ from . import flops
 from .config import FusedConfig, config_text, parse_config
 from .distributions import bad_pixels, limit_for, raise_bad_distribution
 from .memory import INPUTS, REMEDY, check_consistent, check_kept, check_unchanged, check_upstream, facts_of
-from .problem import Outputs, Problem, Saved
+from .problem import Outputs, Problem, Saved, images
 from .reference import validity
 from .values import assertion, check_labels
 
@@ -52,6 +52,7 @@ def assert_labels(problem: Problem, bad: Tensor) -> None:
 
 def name_bad_labels(problem: Problem) -> None:
     """Raise the ValueError of the checks for a target that holds labels which are no class, or no distribution."""
+    problem = problem.without_groups()
     target, valid, spec = problem.target, problem.valid, _spec_of_labels(problem)
     if target.is_floating_point():
         wrong = bad_pixels(target, valid, spec, problem.config.tolerance)
@@ -70,6 +71,7 @@ def check_exchanged_labels(problem: Problem) -> None:
         RuntimeError: on the CPU, and the text names the labels; elsewhere an asynchronous assert.
     """
     if problem.target.device.type != "cpu":
+        problem = problem.without_groups()
         _, bad = validity(problem.logits, problem.target, problem.valid, _spec_of_labels(problem))
         assert_labels(problem, bad.any())
         return
@@ -213,7 +215,7 @@ class FusedOps:
 
     def outputs(self, logits: Tensor, target: Tensor, config: FusedConfig, save: bool) -> Outputs:
         """Fresh memory for everything that forward returns."""
-        shape = (target.shape[0], *target.shape[-2:]) if config.per_pixel else ()
+        shape = (images(logits), *target.shape[-2:]) if config.per_pixel else ()
         kept = self._saved(logits, target, config) if save else _EMPTY
         new = logits.new_empty
         return Outputs(
@@ -325,7 +327,7 @@ class FusedOps:
                 check_exchanged_labels(problem)
         zero = logits.new_zeros((), dtype=torch.float32) if d_ce is None or d_semeda is None else None
         if ctx.per_pixel and zero is not None:
-            zero = zero.expand(target.shape[0], *target.shape[-2:])
+            zero = zero.expand(images(logits), *target.shape[-2:])
         d_ce, d_semeda = zero if d_ce is None else d_ce, zero if d_semeda is None else d_semeda
         try:
             d_logits = self.gradient(
@@ -467,7 +469,7 @@ class _FunctionalBackward(torch.autograd.Function):
 
 def _check_sizes(logits: Tensor, target: Tensor, config: FusedConfig) -> None:
     """ValueError for sizes that a graph was not traced for; who calls the loss itself never gets here with them."""
-    (h, w), (height, width) = logits.shape[2:], target.shape[-2:]
+    (h, w), (height, width) = logits.shape[-2:], target.shape[-2:]
     if (h, w) == (height, width) or (config.upsample and h <= height and w <= width):
         return
     raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .problem import Problem, Saved
+from .problem import Problem, Saved, images
 
 INPUTS = ("logits", "target", "valid_mask", "weight")
 _PLAIN = (Tensor, torch.nn.Parameter)  # others need not have a storage
@@ -64,14 +64,15 @@ def check_consistent(problem: Problem) -> None:
         ValueError: naming the tensor, what was expected and what came.
     """
     logits, target, valid, class_weight, flat, config = problem
+    groups = logits.shape[:2] if logits.dim() == 5 else logits.shape[:1]
     channels = 1 if config.mode == "binary" else config.channels[0]
-    if logits.dim() != 4 or logits.shape[1] != channels:
+    if logits.dim() not in (4, 5) or logits.shape[-3] != channels:
         raise ValueError(f"logits must have the shape [N,{channels},H,W], got {list(logits.shape)}")
-    pixels = (logits.shape[0], *target.shape[-2:])
+    pixels = (*groups, *target.shape[-2:])
     if not target.is_floating_point():
         _expect("target", target, pixels)
-    elif not (channels == 1 and target.dim() == 4 and target.shape[1] == 2):  # both channels of binary mode
-        _expect("target", target, (pixels[0], channels, *pixels[1:]))
+    elif not (channels == 1 and target.dim() == logits.dim() and target.shape[-3] == 2):  # both of binary mode
+        _expect("target", target, (*groups, channels, *pixels[-2:]))
     if valid is not None:
         _expect("valid_mask", valid, pixels)
     if class_weight is not None:
@@ -112,7 +113,7 @@ def check_upstream(problem: Problem, d_ce: Tensor, d_semeda: Tensor) -> None:
     Raises:
         ValueError: naming the tensor, what was expected and what came.
     """
-    shape = (problem.logits.shape[0], *problem.target.shape[-2:]) if problem.config.per_pixel else ()
+    shape = (images(problem.logits), *problem.target.shape[-2:]) if problem.config.per_pixel else ()
     _expect("the gradient of ce", d_ce, shape)
     _expect("the gradient of semeda", d_semeda, shape)
 

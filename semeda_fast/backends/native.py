@@ -141,13 +141,20 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPES[dtype]
 
 
-def tensor_view(module: Any, tensor: Tensor) -> Any:
-    """Place, dtype and strides of [N,C,H,W], [N,H,W] or []: what lacks a dimension repeats along it."""
+def tensor_view(module: Any, tensor: Tensor, groups: bool = False) -> Any:
+    """Place, dtype and strides of [N,C,H,W], [N,H,W] or []: what lacks a dimension repeats along it.
+
+    Args:
+        groups: the images lie in groups: the tensor is [A,B,C,H,W] or [A,B,H,W].
+    """
     strides = tensor.stride()
+    fold, outer = 0, 0
+    if groups:
+        fold, outer, strides = tensor.shape[1], strides[0], strides[1:]
     if len(strides) != 4:
         strides = (strides[0], 0, *strides[1:]) if strides else (0, 0, 0, 0)
     offset, num_bytes = tensor.storage_offset(), tensor.untyped_storage().nbytes()
-    return module.View(tensor.data_ptr(), _DTYPES[tensor.dtype], strides, offset, num_bytes)
+    return module.View(tensor.data_ptr(), _DTYPES[tensor.dtype], strides, offset, num_bytes, fold, outer)
 
 
 def place(tensor: Tensor) -> Any:

@@ -69,7 +69,12 @@ def loss_terms(
     backend, validate = spec.backend, spec.validate
     if writes_onnx():
         backend, validate = _for_onnx(backend, validate, spec.distance)
-    chosen, scaled_by_torch = untraced(_choose, backend, logits, target, valid, class_weight, weights, spec)
+    groups = logits.dim() == 5
+    group = [x[:, 0] if groups and x is not None else x for x in (logits, target, valid)]  # has the metadata of all
+    chosen, scaled_by_torch = untraced(_choose, backend, *group, class_weight, weights, spec)
+    if groups and (scaled_by_torch or not chosen.folds or validate == "always"):
+        logits, target = logits.flatten(0, 1), target.flatten(0, 1)
+        valid = None if valid is None else valid.flatten(0, 1)
     if chosen.upsamples is None:
         spec = replace(spec, upsample=None)
     assert chosen.run is not None, f"backend {chosen.name} is available but has nothing to run"

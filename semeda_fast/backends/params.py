@@ -12,7 +12,7 @@ from ..options import DISTANCES
 from ..spec import TAPS
 from .config import FusedConfig
 from .native import dtype_code, span, tensor_view
-from .problem import Problem
+from .problem import Problem, images
 
 
 def describe(module: Any, config: FusedConfig, dtype: torch.dtype) -> Any:
@@ -38,18 +38,20 @@ def fill(module: Any, problem: Problem) -> tuple[Any, list[Tensor]]:
 
     params = module.LossParams(_settings(module, config))
     params.set_proxy(span(flat))
-    params.n, _, h, w = logits.shape
+    groups = logits.dim() == 5
+    params.n = images(logits)
+    h, w = logits.shape[-2:]
     params.h, params.w = target.shape[-2:]
     if (h, w) != (params.h, params.w):
         params.logits_h, params.logits_w = h, w
-    params.logits = tensor_view(module, logits)
+    params.logits = tensor_view(module, logits, groups)
     params.soft = target.is_floating_point()
     if params.soft:
-        params.soft_channels = target.shape[1]
+        params.soft_channels = target.shape[-3]
         target = float32(target) if target.dtype == torch.float64 else target
-    params.target = tensor_view(module, target)
+    params.target = tensor_view(module, target, groups)
     if valid is not None:
-        params.valid = tensor_view(module, valid)
+        params.valid = tensor_view(module, valid, groups)
     if class_weight is not None:
         params.class_weight = span(float32(class_weight))
     return params, keep
@@ -59,7 +61,7 @@ def add_gradients(module: Any, params: Any, d_ce: Tensor, d_semeda: Tensor, d_lo
     """What backward reads and writes beside the problem: d_ce and d_semeda fp32, [] or [N,H,W]."""
     params.d_ce, params.d_semeda = tensor_view(module, d_ce), tensor_view(module, d_semeda)
     params.d_semeda_is_map = d_semeda.dim() > 0
-    params.d_logits = tensor_view(module, d_logits)
+    params.d_logits = tensor_view(module, d_logits, d_logits.dim() == 5)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,8 +14,17 @@ from ..spec import LossSpec
 from .config import FusedConfig
 
 
+def images(logits: Tensor) -> int:
+    """How many images there are in [N,C,H,W], or in groups, [A,B,C,H,W]."""
+    return logits.shape[0] if logits.dim() == 4 else logits.shape[0] * logits.shape[1]
+
+
 class Problem(NamedTuple):
-    """What both directions receive."""
+    """What both directions receive.
+
+    Images that no single stride leads through, such as slices of several volumes, come in groups to a backend that
+    `folds`: logits [A,B,C,H,W], target and valid with A and B in the place of N.
+    """
 
     logits: Tensor  # of the target's size, or smaller for a backend that scales them up
     target: Tensor
@@ -23,6 +32,13 @@ class Problem(NamedTuple):
     class_weight: Tensor | None
     flat: Tensor  # the proxy's weights, then its biases, each layer's flattened, fp32
     config: FusedConfig
+
+    def without_groups(self) -> Problem:
+        """The same images in one batch; copied where they come in groups."""
+        if self.logits.dim() == 4:
+            return self
+        valid = None if self.valid is None else self.valid.flatten(0, 1)
+        return self._replace(logits=self.logits.flatten(0, 1), target=self.target.flatten(0, 1), valid=valid)
 
 
 class Outputs(NamedTuple):

@@ -52,6 +52,7 @@ class Backend:
         upsamples: (logits, target) -> whether it takes these logits smaller than the target and scales them up itself
             (None: none of any size); else torch does it before.
         prepare: makes one function of the loss and its reduction, for eager calls of a kind (prepared.py), or is None.
+        folds: whether it takes images in groups, logits [A,B,C,H,W]; else they are copied into one batch before.
         half_products: whether it multiplies half-precision logits in half precision (sums are fp32 everywhere).
         opt_in: whether an install has it on request alone, so that it is nothing to warn of where it is missing.
         why_slow: None, or why it is slower here than it could be, and what to do.
@@ -68,6 +69,7 @@ class Backend:
     by_name_on: tuple[str, ...] = ()
     upsamples: Callable[[Tensor, Tensor], bool] | None = None
     prepare: Callable[..., Any] | None = None
+    folds: bool = False
     half_products: bool = False
     opt_in: bool = False
     why_slow: Callable[[], str | None] = _never
@@ -286,6 +288,7 @@ register(
         fused=True,
         checks_labels=True,
         upsamples=cpu.upsamples,
+        folds=True,
         prepare=cpu.prepare,
         why_slow=cpu.why_slow,
     )

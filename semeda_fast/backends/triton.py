@@ -21,7 +21,7 @@ from ..spec import LossSpec
 from .config import FusedConfig
 from .fused import FusedOps, assert_labels, on_device, why_not_taken
 from .memory import INPUTS, check_memory
-from .problem import Outputs, Problem, Saved
+from .problem import Outputs, Problem, Saved, images
 from .trial import first_use
 
 WHOSE = "the Triton kernels"
@@ -125,7 +125,7 @@ def _precision() -> str:
 
 def saved(logits: Tensor, target: Tensor, config: FusedConfig) -> Saved:
     """What is kept for backward."""
-    n, h, w = logits.shape[0], *target.shape[-2:]
+    n, h, w = images(logits), *target.shape[-2:]
     plan = _plan_module().make_plan(config, (n, h, w), logits.dtype, soft=False)
     return Saved((plan.code_offsets[-1],), (plan.saved_offsets[-1],), plan.dtype)
 

@@ -1,7 +1,28 @@
 """Segmentation metrics near label boundaries, with `ignore_index`, as torchmetrics metrics.
 
-`BoundaryIoU`, `BoundaryF` and `TrimapIoU` take labels or logits, keep integer counts per class that are
-summed over images and processes, and need nothing but torch operations, so they run on any device.
+`BoundaryIoU`, `BoundaryF` and `TrimapIoU` keep integer counts per class that are summed over images and
+processes, and need nothing but torch operations, so they run on any device.
+
+Shapes of `update(preds, target)`. Labels are of any integer dtype, logits of any floating dtype and memory format,
+and the target of labels may carry one channel, [N,1,H,W] or [N,1,D,H,W]:
+
+=============================  ==============================  =====================
+mode                           preds                           target
+=============================  ==============================  =====================
+"multiclass", images           [N,H,W] labels, or [N,C,H,W]    [N,H,W]
+                               logits
+"multiclass", volumes          [N,D,H,W] labels, or            [N,D,H,W]
+                               [N,C,D,H,W] logits
+"multilabel", images           [N,C,H,W]                       [N,C,H,W]
+"multilabel", volumes          [N,C,D,H,W]                     [N,C,D,H,W]
+=============================  ==============================  =====================
+
+Planes. In multilabel mode each of the C planes is a mask of 0 and 1 (bool, or any integer dtype) that gets the score of
+its ones; planes may overlap. Predictions may be floats too, which are 1 above `threshold`. Void is void entry by entry.
+With one plane and `average="none"` torchmetrics returns the score as a 0-d tensor.
+
+Volumes are cut into slices along `slice_dim`, and each slice is an image. With `spacing=(dz, dy, dx)` `BoundaryIoU` and
+`BoundaryF` measure in the whole volume instead: Euclidean distances between centres of voxels, in the spacing's unit.
 
 Void. A pixel whose target equals `ignore_index` is void. It is unknown, not a class, so
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import BoundaryMetric, ratio
-from .inputs import part_of_diagonal, width_in_pixels
-from .windows import disk_max, near_other_label, square_max
+from .inputs import part_of_diagonal, spacing_of_voxels, width_in_pixels, width_in_unit
+from .windows import ball_max, box_max, near_other_label, steps_within
 
 
 class _BandIoU(BoundaryMetric):
@@ -21,17 +22,17 @@ class _BandIoU(BoundaryMetric):
 
     @property
     def intersection(self) -> Tensor:
-        """int64 [num_classes]: pixels of the class in both bands, so far."""
+        """int64 [num_classes]: pixels of each class in both bands, so far."""
         return self._counts[0]
 
     @property
     def predicted(self) -> Tensor:
-        """int64 [num_classes]: pixels of the class in the prediction's band, so far."""
+        """int64 [num_classes]: pixels of each class in the prediction's band, so far."""
         return self._counts[1]
 
     @property
     def expected(self) -> Tensor:
-        """int64 [num_classes]: pixels of the class in the target's band, so far."""
+        """int64 [num_classes]: pixels of each class in the target's band, so far."""
         return self._counts[2]
 
     def _count_bands(self, pred: Tensor, target: Tensor, in_pred: Tensor, in_target: Tensor) -> Tensor:
@@ -55,21 +56,28 @@ class BoundaryIoU(_BandIoU):
         score_c   = sum_images |band_c(pred) & band_c(target)| / sum_images |band_c(pred) | band_c(target)|
 
     As in the authors' code the image's frame ends a mask. Void does not (see the module's text): it is in no
-    band, and no band runs along it.
+    band, and no band runs along it. With `spacing` the distance is Euclidean, in the spacing's unit, between the
+    centres of any two voxels of a volume, so no neighbourhood comes in; what lies outside begins one voxel beyond
+    the outermost.
 
     Args:
-        num_classes: number of classes C, at least 2.
-        width: band width in pixels; by default max(1, round(dilation_ratio * image diagonal)) of each image.
+        num_classes: number of classes C, at least 2; in multilabel mode the number of planes, at least 1.
+        width: band width in pixels; by default max(1, round(dilation_ratio * image diagonal)) of each image. With
+            `spacing` a length in its unit; by default max(smallest spacing, dilation_ratio * diagonal).
         dilation_ratio: band width as a part of the image diagonal, below 1; None where `width` is given, which
             goes before it.
+        spacing: size of a voxel (dz, dy, dx): distances in whole volumes. None: slice by slice, in pixels.
+        mode: "multiclass", or "multilabel": each plane is a mask of its own, scored by its ones.
+        threshold: what a float prediction of multilabel mode exceeds where it is 1; by default 0, for logits; 0.5 for
+            probabilities.
+        slice_dim: the dimension of [N,C,D,H,W] along which a volume is cut into images: 2, 3 or 4.
         ignore_index: the label of void pixels in the target; None means -100. If it is in [0, C), that class gets
-            no score.
+            no score; in multilabel mode it marks single entries of the planes.
         average: "macro" (mean over the classes that have a band in target or prediction) or "none"
             (float32 [C], NaN for classes without any).
         **kwargs: passed to torchmetrics.Metric.
 
-    `update(preds, target)` takes preds as labels [N,H,W] of any integer dtype or logits [N,C,H,W] of any
-    floating dtype and memory format, and target as labels [N,H,W] of any integer dtype. If nothing can be
+    `update(preds, target)` takes the shapes that the module's text lists. If nothing can be
     scored, because all is void or no image came, the result is NaN.
 
     Raises:
@@ -78,33 +86,55 @@ class BoundaryIoU(_BandIoU):
         AttributeError: a setting is assigned to; settings other than `average` are fixed.
     """
 
-    width: int | None
+    width: float | None
     dilation_ratio: float | None
 
     def __init__(
         self,
         num_classes: int,
         *,
-        width: int | None = None,
+        width: float | None = None,
         dilation_ratio: float = 0.02,
+        spacing: Sequence[float] | None = None,
+        mode: str = "multiclass",
+        threshold: float | None = None,
+        slice_dim: int = 2,
         ignore_index: int | None = -100,
         average: str = "macro",
         **kwargs: Any,
     ):
-        settings: dict[str, Any] = {"width": None, "dilation_ratio": None}
+        sizes = spacing_of_voxels(spacing)
+        settings: dict[str, Any] = {"width": None, "dilation_ratio": None, "spacing": sizes}
         if width is None:
             settings["dilation_ratio"] = part_of_diagonal("dilation_ratio", dilation_ratio, "width")
-        else:
+        elif sizes is None:
             settings["width"] = width_in_pixels(width, "dilation_ratio")
-        super().__init__(num_classes, ignore_index=ignore_index, average=average, settings=settings, **kwargs)
+        else:
+            settings["width"] = width_in_unit(width, sizes, "dilation_ratio")
+        super().__init__(
+            num_classes,
+            ignore_index=ignore_index,
+            mode=mode,
+            threshold=threshold,
+            slice_dim=slice_dim,
+            average=average,
+            settings=settings,
+            **kwargs,
+        )
 
     def _count_image(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        height, breadth = target.shape[-2:]
-        distance = self.width or max(1, round((self.dilation_ratio or 0.0) * math.hypot(height, breadth)))
-        near_frame = torch.ones(height, breadth, dtype=torch.bool, device=target.device)
-        near_frame[distance : height - distance, distance : breadth - distance] = False
-        in_pred = valid & (near_frame | near_other_label(pred, valid, distance, square_max))
-        in_target = valid & (near_frame | near_other_label(target, valid, distance, square_max))
+        space = tuple(target.shape[1:])
+        if self.spacing is None:
+            pixels = int(self.width or max(1, round((self.dilation_ratio or 0.0) * math.hypot(*space))))
+            window, reach = box_max(pixels), [pixels] * len(space)
+        else:
+            diagonal = math.hypot(*(n * s for n, s in zip(space, self.spacing, strict=True)))
+            width = self.width or max(min(self.spacing), (self.dilation_ratio or 0.0) * diagonal)
+            window, reach = ball_max(width, self.spacing), [steps_within(width, s) for s in self.spacing]
+        near_frame = torch.ones(space, dtype=torch.bool, device=target.device)
+        near_frame[tuple(slice(r, max(r, n - r)) for r, n in zip(reach, space, strict=True))] = False
+        in_pred = valid & (near_frame | near_other_label(pred, valid, window))
+        in_target = valid & (near_frame | near_other_label(target, valid, window))
         return self._count_bands(pred, target, in_pred, in_target)
 
 
@@ -119,17 +149,20 @@ class TrimapIoU(_BandIoU):
     valid pixels within `width` of void.
 
     Args:
-        num_classes: number of classes C, at least 2.
+        num_classes: number of classes C, at least 2; in multilabel mode the number of planes, at least 1.
         width: half width of the trimap in pixels, at least 1.
         around_void: whether pixels near void belong to the trimap too.
+        mode: "multiclass", or "multilabel": each plane is a mask of its own, scored by its ones.
+        threshold: what a float prediction of multilabel mode exceeds where it is 1; by default 0, for logits; 0.5 for
+            probabilities.
+        slice_dim: the dimension of [N,C,D,H,W] along which a volume is cut into images: 2, 3 or 4.
         ignore_index: the label of void pixels in the target; None means -100. If it is in [0, C), that class gets
-            no score.
+            no score; in multilabel mode it marks single entries of the planes.
         average: "macro" (mean over the classes that target or prediction hold within the trimap) or "none"
             (float32 [C], NaN for classes without any).
         **kwargs: passed to torchmetrics.Metric.
 
-    `update(preds, target)` takes preds as labels [N,H,W] of any integer dtype or logits [N,C,H,W] of any
-    floating dtype and memory format, and target as labels [N,H,W] of any integer dtype. If nothing can be
+    `update(preds, target)` takes the shapes that the module's text lists. If nothing can be
     scored, because there is no boundary, all is void or no image came, the result is NaN.
 
     Raises:
@@ -147,15 +180,27 @@ class TrimapIoU(_BandIoU):
         *,
         width: int = 3,
         around_void: bool = False,
+        mode: str = "multiclass",
+        threshold: float | None = None,
+        slice_dim: int = 2,
         ignore_index: int | None = -100,
         average: str = "macro",
         **kwargs: Any,
     ):
-        settings = {"width": width_in_pixels(width), "around_void": bool(around_void)}
-        super().__init__(num_classes, ignore_index=ignore_index, average=average, settings=settings, **kwargs)
+        super().__init__(
+            num_classes,
+            ignore_index=ignore_index,
+            mode=mode,
+            threshold=threshold,
+            slice_dim=slice_dim,
+            average=average,
+            settings={"width": width_in_pixels(width), "around_void": bool(around_void)},
+            **kwargs,
+        )
 
     def _count_image(self, pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        trimap = valid & near_other_label(target, valid, self.width, disk_max)
+        window = ball_max(self.width)
+        trimap = valid & near_other_label(target, valid, window)
         if self.around_void:
-            trimap |= valid & disk_max((~valid).to(torch.int32), self.width, 0).bool()
+            trimap |= valid & window((~valid).to(torch.int32), 0).bool()
         return self._count_bands(pred, target, trimap, trimap)

@@ -12,17 +12,21 @@ from torch import Tensor
 _INT64 = torch.iinfo(torch.int64)
 
 
-def class_count(value: Any) -> int:
+def class_count(value: Any, mode: str) -> int:
     """`num_classes` as an int, from a Python or NumPy integer."""
+    if mode == "multilabel":
+        if not _is_integral(value) or value < 1:
+            raise ValueError(f"num_classes, the number of planes, must be an integer of at least 1, got {value!r}")
+        return int(value)
     if not _is_integral(value) or value < 2:
         raise ValueError(
             f"num_classes must be an integer of at least 2, got {value!r}; "
-            "for binary masks use num_classes=2 and pass labels, (logits > 0).long()"
+            "for binary masks use num_classes=2 and pass labels, (logits > 0).long(), or mode='multilabel'"
         )
     return int(value)
 
 
-def void_label(value: Any) -> int:
+def void_label(value: Any, mode: str) -> int:
     """`ignore_index` as an int that labels can hold; None means -100, which no label is."""
     if value is None:
         return -100
@@ -30,6 +34,8 @@ def void_label(value: Any) -> int:
         raise ValueError(f"ignore_index must be an integer or None (for -100), got {value!r}")
     if not _INT64.min <= value <= _INT64.max:
         raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {value!r}")
+    if mode == "multilabel" and value in (0, 1):
+        raise ValueError(f"ignore_index={value} is what planes of mode='multilabel' hold; mark void by another number")
     return int(value)
 
 
@@ -50,6 +56,66 @@ def tolerance_in_pixels(value: Any) -> float:
             f"tolerance is in pixels, and {value} would reach no neighbour; "
             f"for a part of the image diagonal pass tolerance_ratio={value}, for the exact pixel tolerance=0"
         )
+    return float(value)
+
+
+def width_in_unit(value: Any, spacing: tuple[float, ...], part: str) -> float:
+    """`width` as a float in the unit of the spacing; `part` names the option for a part of the diagonal."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"width must be a positive finite number in the unit of spacing={spacing}, got {value!r}")
+    if value < min(spacing):
+        raise ValueError(
+            f"width is in the unit of spacing={spacing}, and {value} would reach no neighbour; "
+            f"pass at least {min(spacing)}, or a part of the diagonal of each volume as {part}"
+        )
+    return float(value)
+
+
+def tolerance_in_unit(value: Any, spacing: tuple[float, ...]) -> float:
+    """`tolerance` as a float in the unit of the spacing, which has no default."""
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"with spacing={spacing} pass tolerance, a finite number of at least 0 in its unit, or tolerance_ratio, "
+            f"a part of the diagonal of each volume; got tolerance={value!r}"
+        )
+    return float(value)
+
+
+def spacing_of_voxels(value: Any) -> tuple[float, ...] | None:
+    """`spacing` as three floats, from any sequence of numbers; None stays."""
+    if value is None:
+        return None
+    try:
+        numbers = [number.item() if hasattr(number, "item") else number for number in value]
+    except TypeError:
+        numbers = []
+    if len(numbers) != 3 or not all(_is_number(number) and 0 < number < math.inf for number in numbers):
+        raise ValueError(
+            f"spacing must be three positive numbers (dz, dy, dx), the size of a voxel, got {value!r}; "
+            "images have no spacing: there distances are in pixels"
+        )
+    return tuple(map(float, numbers))
+
+
+def slice_dimension(value: Any, spacing: tuple[float, ...] | None) -> int:
+    """`slice_dim` as an int in the numbering of [N,C,D,H,W]."""
+    if not _is_integral(value) or value not in (2, 3, 4):
+        raise ValueError(f"slice_dim must be 2 (depth), 3 (height) or 4 (width) of [N,C,D,H,W], got {value!r}")
+    if spacing is not None and value != 2:
+        raise ValueError(f"with spacing={spacing} a volume is not cut into slices; leave slice_dim={value} out")
+    return int(value)
+
+
+def threshold_of(value: Any, mode: str) -> float | None:
+    """`threshold` as a float, 0 where it is left out; None in multiclass mode, where it means nothing."""
+    if mode != "multilabel":
+        if value is not None:
+            raise ValueError(f"threshold={value!r} belongs to mode='multilabel'; in {mode} mode leave it out")
+        return None
+    if value is None:
+        return 0.0
+    if not _is_number(value) or not math.isfinite(value):
+        raise ValueError(f"threshold must be a finite number, 0 for logits or 0.5 for probabilities, got {value!r}")
     return float(value)
 
 
@@ -81,47 +147,8 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_tensors(preds: Tensor, target: Tensor, num_classes: int) -> None:
-    """Ranks, shapes, dtypes and devices; reads no data."""
-    for name, value in (("preds", preds), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if target.dim() != 3:
-        hint = "; add the batch dimension with target.unsqueeze(0)" if target.dim() == 2 else ""
-        if target.dim() == 4 and target.shape[1] == 1:
-            hint = "; drop the channel with target.squeeze(1)"
-        raise ValueError(f"target must be labels [N,H,W], got shape {tuple(target.shape)}{hint}")
-    if not _is_integer(target):
-        raise TypeError(f"target must have an integer dtype, got {target.dtype}")
-    if preds.dim() == 4:
-        if not preds.is_floating_point():
-            hint = ", preds.squeeze(1)" if preds.shape[1] == 1 else ""
-            raise TypeError(
-                f"preds [N,C,H,W] must be floating-point logits, got {preds.dtype}; pass labels as [N,H,W]{hint}"
-            )
-        if preds.shape[1] != num_classes:
-            binary = "; for one channel of a binary network pass labels, (preds[:, 0] > 0).long()"
-            raise ValueError(
-                f"preds [N,C,H,W] must have C = num_classes = {num_classes} channels, got shape {tuple(preds.shape)}"
-                f"{binary if preds.shape[1] == 1 and num_classes == 2 else ''}"
-            )
-    elif preds.dim() != 3:
-        raise ValueError(f"preds must be labels [N,H,W] or logits [N,C,H,W], got shape {tuple(preds.shape)}")
-    elif not _is_integer(preds):
-        raise TypeError(
-            f"preds [N,H,W] must be labels of an integer dtype, got {preds.dtype}; pass logits as [N,C,H,W]"
-        )
-    if (preds.shape[0], *preds.shape[-2:]) != tuple(target.shape):
-        raise ValueError(
-            f"preds and target must agree in N, H and W, got {tuple(preds.shape)} and {tuple(target.shape)}; "
-            "resize smaller logits first: "
-            "torch.nn.functional.interpolate(logits, target.shape[-2:], mode='bilinear')"
-        )
-    if preds.device != target.device:
-        raise ValueError(f"preds and target must be on one device, got {preds.device} and {target.device}")
-
-
-def _is_integer(x: Tensor) -> bool:
+def is_integer(x: Tensor) -> bool:
+    """Whether labels can have this dtype; bool is none."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
@@ -138,9 +165,9 @@ def bad_labels(name: str, labels: list[Tensor], num_classes: int, ignore_index: 
     hint = ""
     if found == [0, 255] or (found == [255] and num_classes == 2):
         hint = "; a binary mask of 0 and 255? then pass mask // 255"
-    elif found[-1] == 255 and name == "target":
+    elif found[-1] == 255 and name.startswith("target"):
         hint = "; does 255 mark void here? then pass ignore_index=255"
-    void = f" or ignore_index={ignore_index}" if name == "target" else ""
+    void = f" or ignore_index={ignore_index}" if name.startswith("target") else ""
     return ValueError(
         f"{name} must hold labels from 0 to {num_classes - 1}{void}; "
         f"found values from {found[0]} to {found[-1]}, {count} of them out of range{hint}"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .. import defaults
 from ..errors import ProxyWarning, missing_extra
 from ..plain import void_label, whole_number
 from ..warn import warn_user
@@ -30,7 +31,6 @@ from .quality import edge_quality, measure_scales
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DEFAULT_STEPS, DEFAULT_NOISE = 1200, 0.1
 AUTO_PEAK = 0.9
 USEFUL_F1 = 0.5  # below it a proxy draws a warning; random weights stay below, and a short training passes it
 
@@ -39,23 +39,23 @@ def train_proxy(
     masks: Tensor | str | os.PathLike[str] | Dataset[Any],
     num_classes: int,
     *,
-    ignore_index: int | None = -100,
+    ignore_index: int | None = defaults.IGNORE_INDEX,
     val_masks: Tensor | str | os.PathLike[str] | Dataset[Any] | None = None,
-    val_fraction: float = 0.1,
-    widths: Sequence[int] = (16, 32),
+    val_fraction: float = defaults.VAL_FRACTION,
+    widths: Sequence[int] = defaults.WIDTHS,
     kernel_size: int = 3,
-    tap: str = "pre",
-    distance: str = "l1",
+    tap: str = defaults.TAP,
+    distance: str = defaults.DISTANCE,
     layer_weights: Sequence[float] | None = None,
-    radius: int = 1,
-    void: str = "mask",
-    noise: float = DEFAULT_NOISE,
-    temperature: float | str = "auto",
-    steps: int = DEFAULT_STEPS,
-    batch_size: int = 16,
-    crop_size: int = 48,
-    lr: float = 1e-2,
-    seed: int = 0,
+    radius: int = defaults.RADIUS,
+    void: str = defaults.VOID,
+    noise: float = defaults.NOISE,
+    temperature: float | str = defaults.TEMPERATURE,
+    steps: int = defaults.STEPS,
+    batch_size: int = defaults.BATCH_SIZE,
+    crop_size: int = defaults.CROP_SIZE,
+    lr: float = defaults.LR,
+    seed: int = defaults.SEED,
     progress: bool = True,
     columns: int | None = None,
     accelerator: Accelerator | None = None,
@@ -160,9 +160,9 @@ def train_proxy(
         quality: dict[str, Any] = edge_quality(trained, val, radius=radius, ignore_index=VOID)
         if measurable and quality["edge_f1"] < USEFUL_F1 and processes.is_main:
             remedies = [
-                *([f"train longer (steps is {steps})"] if steps < DEFAULT_STEPS else []),
+                *([f"train longer (steps is {steps})"] if steps < defaults.STEPS else []),
                 *([f"leave temperature at 'auto' (it is {temperature})"] if temperature != "auto" else []),
-                *([f"take less noise (it is {noise})"] if noise > DEFAULT_NOISE else []),
+                *([f"take less noise (it is {noise})"] if noise > defaults.NOISE else []),
                 f"try another lr (it is {lr})",
             ]
             warn_user(
