@@ -16,6 +16,8 @@ try:
 except ImportError:
     raise missing_extra("semeda_fast.integrations.mmseg", "mmengine", "mmseg") from None
 
+__all__ = ["SemedaLoss"]
+
 REDUCTIONS = ("none", "mean", "sum")
 
 

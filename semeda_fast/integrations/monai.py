@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..loss import SemedaLoss
 from ..outputs import MultiScaleLoss
 
+__all__ = ["MonaiLoss"]
+
 
 class MonaiLoss(nn.Module):
     """A criterion as `SupervisedTrainer(loss_function=...)` and `DeepSupervisionLoss` call it.
@@ -68,4 +70,4 @@ class MonaiLoss(nn.Module):
 
 def plain(tensor: Tensor) -> Tensor:
     """A MetaTensor as the tensor that it is; it keeps its place in the graph."""
-    return tensor.as_subclass(Tensor)  # type: ignore[arg-type]
+    return tensor.as_subclass(Tensor)

@@ -17,6 +17,8 @@ except ImportError as error:
         raise
     raise missing_extra("semeda_fast.integrations.nnunet", "nnunetv2", "nnunet") from None
 
+__all__ = ["nnUNetTrainerSEMEDA"]
+
 
 class _Beside(nn.Module):
     """nnU-Net's loss of one level plus the term."""

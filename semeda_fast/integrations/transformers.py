@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ except ImportError:
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+__all__ = ["compute_loss_func", "count_whole_batches"]
 
 NO_LABEL = -100  # what the Trainer does not count
 
@@ -55,14 +57,14 @@ class TrainerLoss:
         counts = self._counts(labels, num_items_in_batch)
         if isinstance(self.criterion, MultiScaleLoss):
             return self.criterion(outputs, labels, counts=counts)
-        logits = named_logits(outputs)
-        return self.criterion.scaled(logits.get("logits", next(iter(logits.values()))), labels, counts=counts)
+        found = named_logits(outputs)
+        logits = found.get("logits", next(iter(found.values())))  # a tuple begins with them
+        return cast(Tensor, self.criterion.scaled(logits, labels, counts=counts))
 
     def of_batches(self, batches: list[dict[str, Any]], device: torch.device) -> LossCounts | None:
         """The counts of all micro-batches, of all processes."""
-        targets: Iterator[Tensor] = (batch["labels"].to(device) for batch in batches if "labels" in batch)
         self.criterion.to(device)
-        counts = [self.loss.counts(target) for target in targets]
+        counts = [self.loss.counts(batch["labels"].to(device)) for batch in batches if "labels" in batch]
         return sum(counts[1:], counts[0]).all_reduce(gradients=self.gradients or "averaged") if counts else None
 
     def _counts(self, labels: Tensor, num_items: Tensor | int | None) -> LossCounts | None:
@@ -87,7 +89,7 @@ class TrainerLoss:
         return None
 
 
-def compute_loss_func(criterion: SemedaLoss | MultiScaleLoss) -> TrainerLoss:
+def compute_loss_func(criterion: SemedaLoss | MultiScaleLoss) -> Callable[..., Tensor]:
     """For `Trainer(compute_loss_func=...)`: the network's own loss is not computed.
 
     Logits are scaled to the labels inside the loss, the criterion moves to the labels' device, and void counts nowhere.
@@ -135,4 +137,4 @@ def count_whole_batches(trainer: Trainer) -> None:
         loss.whole = loss.of_batches(batches, device)
         return batches, num_items
 
-    trainer.get_batch_samples = get_batch_samples
+    trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
