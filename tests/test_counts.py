@@ -55,17 +55,16 @@ def loss_of(case: Case, mode: str, weighted: bool = False, **options: Any) -> Se
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("pixels", [False, True])
-def test_micro_batches_add_up_to_the_whole_batch(case: Case, mode: str, weighted: bool, pixels: bool) -> None:
+@pytest.mark.parametrize("pixels", ["all", "masked", "masked and weighted"])
+def test_micro_batches_add_up_to_the_whole_batch(case: Case, mode: str, weighted: bool, pixels: str) -> None:
     logits, target = on(case, *batch(mode))
     criterion = loss_of(case, mode, weighted)
     options: dict[str, Tensor] = {}
-    if pixels:
-        shape = target.shape if mode != "binary" else (N, 11, 14)
-        options = {
-            "pixel_weight": torch.rand(shape, generator=rng(3)).to(case.device),
-            "valid_mask": (torch.rand(shape, generator=rng(4)) < 0.9).to(case.device),
-        }
+    shape = target.shape if mode != "binary" else (N, 11, 14)
+    if "masked" in pixels:
+        options["valid_mask"] = (torch.rand(shape, generator=rng(4)) < 0.7).to(case.device)
+    if "weighted" in pixels:
+        options["pixel_weight"] = torch.rand(shape, generator=rng(3)).to(case.device)
     whole = run(criterion, logits, target, **options)
     parts = [slice(0, 1), slice(1, 2), slice(2, 4)]
 
@@ -77,6 +76,18 @@ def test_micro_batches_add_up_to_the_whole_batch(case: Case, mode: str, weighted
     found = [run(criterion, logits[part], target[part], counts=counts, **of(part)) for part in parts]
     torch.testing.assert_close(sum(each.loss for each in found), whole.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat([each.grad for each in found]), whole.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_counts_of_soft_targets(case: Case) -> None:
+    """Cross-entropy divides by the number of pixels, whatever the classes weigh, as torch does."""
+    logits, target = on(case, *batch("multiclass"))
+    soft = torch.softmax(torch.randn(logits.shape, generator=rng(6)), dim=1).to(case.device)
+    criterion = loss_of(case, "multiclass", True)
+    mask = target != VOID
+    counts = criterion.counts(soft, valid_mask=mask)
+    assert float(counts.ce_weight) == int(counts.valid) == int(mask.sum())
+    plain, counted = (criterion(logits, soft, valid_mask=mask, **more) for more in ({}, {"counts": counts}))
+    torch.testing.assert_close(counted, plain)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from semeda_fast import SemedaLoss, semeda_loss
 from semeda_fast.backends import registry as backends
+from semeda_fast.folding import Call, folded
+from semeda_fast.options import LossOptions
 
 N, C, D, H, W = 2, 3, 4, 11, 14
 
@@ -168,6 +170,37 @@ def test_planes_of_a_volume(case: Case, slice_dim: int) -> None:
     batch = [x.movedim(slice_dim, 1).flatten(0, 1) for x in (logits, target)]
     expected = run(alike, *batch, valid_mask=mask.movedim(slice_dim - 1, 1).flatten(0, 1))
     same(got, expected.loss, expected.grad.unflatten(0, (N, -1)).movedim(1, slice_dim))
+
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slice_dim", [2, 3, 4])
+def test_a_fold_copies_nothing(layout: str, slice_dim: int) -> None:
+    """Of a volume; planes of a volume in channels_last_3d alone are copied (docs/how/shapes.md)."""
+    logits, target = volume()
+    options = LossOptions(slice_dim=slice_dim, distance="l1")
+    mask = torch.ones(N, D, H, W, dtype=torch.bool)
+    given = Call(logits.contiguous(memory_format=LAYOUTS[layout]), target, mask, None, None, None)
+    call, _, shape = folded(given, options)
+    assert shape == (N, D, H, W)
+    for before, after in ((given.logits, call.logits), (target, call.target), (mask, call.valid)):
+        assert after is not None
+        assert after.data_ptr() == before.data_ptr()
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("soft", [False, True])
+def test_planes_are_not_copied(order: torch.memory_format, soft: bool) -> None:
+    logits, target = (x.contiguous(memory_format=order) for x in planes((N, C, H, W), soft))
+    mask = torch.ones(N, H, W, dtype=torch.bool)
+    call, options, _ = folded(Call(logits, target, mask, None, None, None), LossOptions(mode="multilabel"))
+    assert options.mode == "binary"
+    assert call.valid is not None
+    assert call.logits.data_ptr() == logits.data_ptr()
+    assert call.target.data_ptr() == target.data_ptr()
+    assert call.valid.data_ptr() == mask.data_ptr()
 
 
 def test_labels_with_a_channel(case: Case) -> None:

@@ -90,6 +90,7 @@ class Tensor:
     offset_error: int = 0
     stated_strides: tuple[int, int, int, int] | None = None
     stated_dtype: int | None = None
+    groups: tuple[int, int] = (0, 0)  # fold and outer of View
 
     @property
     def numel(self) -> int:
@@ -114,11 +115,11 @@ class Tensor:
         address = arena.block(there + self.shift) + self.shift + front * ELEMENT[self.dtype]
         return (0 if self.null else address), front + self.offset_error, there
 
-    def view(self, arena: Arena) -> tuple[int, int, list[int], int, int]:
+    def view(self, arena: Arena) -> tuple[int, int, list[int], int, int, int, int]:
         """The arguments of `View`."""
         address, offset, there = self.place(arena)
         dtype = self.dtype if self.stated_dtype is None else self.stated_dtype
-        return address, dtype, list(self.stated_strides or self.strides), offset, there
+        return address, dtype, list(self.stated_strides or self.strides), offset, there, *self.groups
 
     def faults(self, placed: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Each has one thing wrong; `placed` where strides and dtype are no part of what is handed over."""
@@ -144,6 +145,12 @@ class Tensor:
             yield f"stride {i} too large", self._with_stride(i, stride - 1 if stride < 0 else stride + 1)
             if stride:
                 yield f"stride {i} negated", self._with_stride(i, -stride)
+        n, step = self.sizes[0], self.strides[0]
+        yield "a negative number of groups", replace(self, groups=(-1, step))
+        yield "groups that do not divide the images", replace(self, groups=(2**40, step))
+        if n > 1:
+            yield "groups too far apart", replace(self, groups=(1, step - 1 if step < 0 else step + 1))
+            yield "groups hugely far apart", replace(self, groups=(1, HUGE))
         for dtype in (-1, len(ELEMENT), 2**31 - 1, -(2**31)):
             yield f"dtype {dtype}", replace(self, stated_dtype=dtype)
         wrong = [dtype for dtype in range(len(ELEMENT)) if dtype not in self.dtypes]

@@ -70,7 +70,8 @@ class Problem:
             soft = not self.numbers.get("soft")
             yield "soft exchanged", self.having(soft=soft, soft_channels=self.classes)
         small: tuple[dict[str, int], ...] = (
-            {"logits_h": self.h + 1, "logits_w": self.w + 1},
+            {"logits_h": self.h + 1, "logits_w": max(self.w, 1)},
+            {"logits_h": max(self.h, 1), "logits_w": self.w + 1},
             {"logits_h": 1, "logits_w": 0},
             {"logits_h": -1},
         )
@@ -78,6 +79,12 @@ class Problem:
             yield f"logits scaled up from {wrong_size}", self.having(**wrong_size)
         for wrong in (0, -1, 2**31 - 1, self.classes + 1):
             yield f"classes are {wrong}", replace(self, classes=wrong)
+        if not memory and not self.cuda:
+            (out, _, size), *rest = self.layers
+            yield "too many classes", replace(self, classes=1025, layers=((out, 1025, size), *rest))
+        if self.buffers["class_weight"].absent is False and memory:
+            yield "no rows of class weights", self.having(weight_rows=0)
+            yield "more rows of class weights", self.having(weight_rows=self.numbers["weight_rows"] + 1)
         yield from self._layer_faults(memory)
 
     def having(self, **numbers: Any) -> Problem:
