@@ -99,7 +99,6 @@ CAUSES: dict[str, Callable[[Path], object]] = {
     "target holds labels outside": lambda _: _loss(LOGITS, _with_void()),
     "logits have 21 classes": lambda _: SemedaLoss(num_classes=19)(LOGITS, LABELS),
     "labels must have the shape ...`; the logits": lambda _: _loss(LOGITS[..., :4, :4], LABELS),
-    "labels must have the shape ...`; the labels": lambda _: _loss(LOGITS, LABELS[:, None]),
     "a floating-point target": lambda _: _loss(LOGITS, LABELS.float()),
     "logits are on": lambda _: _other_device(),
     "logits must be a tensor": lambda _: _loss(SemanticSegmenterOutput(), LABELS),
