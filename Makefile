@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 GPU_OUTPUT ?= build/bench/gpu
+FRAMEWORK_PAGES := docs/guide/frameworks/monai.md docs/guide/frameworks/mmseg.md docs/guide/frameworks/nnunet.md
 ARM64_CXX ?= aarch64-linux-gnu-g++
 ARM64_EMULATOR ?= qemu-aarch64
 # `make test` builds the CUDA kernels for the GPU at hand where there is nvcc: each further architecture takes as long
@@ -15,6 +16,7 @@ CUDA_ARCHS ?= $(or $(SEMEDA_FAST_CUDA_ARCHS),$(if $(NVCC),$(GPU_ARCH)),$(if $(fi
 BUILD = $(or $(SEMEDA_FAST_BUILD),$(if $(filter none,$(CUDA_ARCHS)),auto,cuda))
 
 BIN := $(VENV)/bin
+INTEGRATIONS := build/integrations
 SOURCES := pyproject.toml setup.py constraints.txt \
            $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) \
            $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.py)
@@ -24,7 +26,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PI
 INSTALL := $(PINNED) $(BIN)/python -m pip install --quiet --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help test docs docs-look docs-pictures sanitize sanitize-arm64 fuzz-native demo bench bench-steps bench-full gpu lint format clean
+.PHONY: help test test-integrations docs docs-look docs-pictures sanitize sanitize-arm64 fuzz-native demo bench bench-steps bench-full gpu lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +37,12 @@ help:  ## Show this list
 # One thread per test process: with more, the processes would take each other's cores.
 test: $(VENV)/.stamp-dev  ## Create the environment if missing and run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(PYTEST_ARGS)
+
+# The frameworks that the development environment has (transformers, Lightning, Accelerate) are tested by `make test`.
+test-integrations: $(INTEGRATIONS)/.stamp  ## Run the tests with MONAI, mmengine and nnU-Net, in an environment that has them
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -rs --benchmark-disable $(PYTEST_ARGS) \
+	  tests/test_integration_monai.py tests/test_integration_mmseg.py tests/test_integration_nnunet.py
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python tests/readme_blocks.py $(FRAMEWORK_PAGES)
 
 # Without a network; a warning is an error, a link that leads nowhere in the site among them.
 docs: $(VENV)/.stamp-docs  ## Build the documentation site: build/docs/index.html
@@ -114,6 +122,16 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-python $(SOURCES)
 $(VENV)/.stamp-docs: $(VENV)/.stamp-demo
 	@echo "Installing what the documentation needs into $(VENV) ..."
 	$(INSTALL) 'semeda-fast[docs]'
+	@touch $@
+
+# An environment that sees the development environment below it, so that torch and this package are there once.
+$(INTEGRATIONS)/.stamp: $(VENV)/.stamp-dev tests/integrations.txt
+	@echo "Installing the frameworks into $(INTEGRATIONS) ..."
+	$(BIN)/python -m venv --clear $(INTEGRATIONS)
+	below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  above=$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$below')" > "$$above/below.pth"
+	$(PINNED) $(INTEGRATIONS)/bin/python -m pip install --quiet --no-input --no-deps --requirement tests/integrations.txt
 	@touch $@
 
 # The demo runs on the CPU, so it does not wait for the CUDA kernels.

@@ -276,7 +276,14 @@ ARCHITECTURES = requested_architectures()
 
 setup(
     py_modules=["semeda_fast_command"],
-    packages=["semeda_fast", "semeda_fast.backends", "semeda_fast.metrics", "semeda_fast.proxy", "semeda_fast.kernels"],
+    packages=[
+        "semeda_fast",
+        "semeda_fast.backends",
+        "semeda_fast.integrations",
+        "semeda_fast.metrics",
+        "semeda_fast.proxy",
+        "semeda_fast.kernels",
+    ],
     # The Triton kernels live beside csrc/ in the repository and are imported as semeda_fast.kernels.
     package_dir={"semeda_fast.kernels": "kernels"},
     package_data={"semeda_fast": ["py.typed"], "semeda_fast.proxy": ["weights/*.safetensors"]},

@@ -36,7 +36,7 @@ root_doc = "index"
 exclude_patterns = ["_static"]
 nitpicky = True
 # What belongs to other projects has no target here: their inventories would have to be downloaded.
-UNNAMED = r"Accelerator|ArrayLike|Dataset|Metric|NDArray|ProcessGroup|Tensor|int64|semeda_fast\.proxy\.record\..*"
+UNNAMED = r"Accelerator|ArrayLike|Dataset|Metric|NDArray|ProcessGroup|Tensor|Trainer|int64|semeda_fast\.proxy\.record.*"
 FOREIGN = "accelerate collections matplotlib nn np numpy os pathlib torch torchmetrics typing"
 nitpick_ignore_regex = [("py:.*", rf"({FOREIGN.replace(' ', '|')})\..*|{UNNAMED}")]
 

@@ -20,7 +20,7 @@ from semeda_fast.errors import BackendUnavailableError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # What .ci/run hands to tests/readme_blocks.py; other pages are shown, not run.
-RUN = sorted([DOCS / "start.md", DOCS / "results.md", DOCS / "proxies.md", *(DOCS / "guide").glob("*.md")])
+RUN = sorted([DOCS / "start.md", DOCS / "results.md", DOCS / "proxies.md", *(DOCS / "guide").rglob("*.md")])
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
@@ -36,6 +36,10 @@ def test_the_blocks_of_a_page_can_be_run(page: Path) -> None:
 def test_ci_runs_every_page_that_has_code() -> None:
     ci = (DOCS.parent / ".ci" / "run").read_text(encoding="utf-8")
     assert "docs/start.md docs/results.md docs/proxies.md docs/guide/*.md" in ci
+    made = (DOCS.parent / "Makefile").read_text(encoding="utf-8")  # `make test-integrations`, which CI calls
+    assert "make test-integrations" in ci
+    for page in (DOCS / "guide" / "frameworks").glob("*.md"):
+        assert f"docs/guide/frameworks/{page.name}" in ci + made
     others = [
         page for page in DOCS.rglob("*.md") if page not in RUN and page.name != "export.md"
     ]  # test_export_page.py
@@ -95,7 +99,6 @@ CAUSES: dict[str, Callable[[Path], object]] = {
     "target holds labels outside": lambda _: _loss(LOGITS, _with_void()),
     "logits have 21 classes": lambda _: SemedaLoss(num_classes=19)(LOGITS, LABELS),
     "labels must have the shape ...`; the logits": lambda _: _loss(LOGITS[..., :4, :4], LABELS),
-    "labels must have the shape ...`; the labels": lambda _: _loss(LOGITS, LABELS[:, None]),
     "a floating-point target": lambda _: _loss(LOGITS, LABELS.float()),
     "logits are on": lambda _: _other_device(),
     "logits must be a tensor": lambda _: _loss(SemanticSegmenterOutput(), LABELS),

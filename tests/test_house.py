@@ -23,6 +23,7 @@ FLOORS = (
     ("functional",),
     ("loss", "inspection"),
     ("outputs",),
+    ("integrations",),
     ("pickles",),
     ("",),
     ("cli",),

@@ -32,6 +32,8 @@ PUBLIC = {
         "ProxyFileError",
         "ProxyWarning",
     ],
+    "semeda_fast.integrations.monai": ["MonaiLoss"],
+    "semeda_fast.integrations.transformers": ["compute_loss_func", "count_whole_batches"],
     "semeda_fast.metrics": ["BoundaryF", "BoundaryIoU", "TrimapIoU"],
     "semeda_fast.proxy": [
         "EdgeProxy",
@@ -61,6 +63,8 @@ DIRECTIVE = re.compile(r"^\.\. auto(class|function|module):: (\S+)\n((?:[ ]{3}:.
 def load(module: str) -> ModuleType:
     if module == "semeda_fast.metrics":
         pytest.importorskip("torchmetrics")
+    if module == "semeda_fast.integrations.transformers":
+        pytest.importorskip("transformers")
     return importlib.import_module(module)
 
 
