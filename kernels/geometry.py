@@ -20,25 +20,19 @@ def tile_pixels(tile, tiles_x, tiles_per_image, BLOCK_H: tl.constexpr, BLOCK_W: 
 @triton.jit
 def image_offset(n, fold, outer, stride):
     """Of image n, in elements: images come in groups of `fold`, which lie `outer` apart. n: one number."""
-    wide = n.to(tl.int64)
-    return (wide // fold) * outer + (wide % fold) * stride
+    group = n // fold
+    return group.to(tl.int64) * outer + (n - group * fold).to(tl.int64) * stride
 
 
 @triton.jit
 def read_labels(
-    target,  # [N, H, W] any integer type
-    valid,  # [N, H, W] bool, or None
-    n,
+    target,  # [H, W] any integer type
+    valid,  # [H, W] bool, or None
     y,
     x,
     inside,
-    fold,
-    t_outer,
-    t_stride_n,
     t_stride_h,
     t_stride_w,
-    v_outer,
-    v_stride_n,
     v_stride_h,
     v_stride_w,
     ignore_index,
@@ -48,13 +42,13 @@ def read_labels(
     """Of each pixel: v, whether it is a bad label, and the class (C where there is none)."""
     v = inside
     if valid is not None:
-        offset = image_offset(n, fold, v_outer, v_stride_n) + y.to(tl.int64) * v_stride_h + x.to(tl.int64) * v_stride_w
+        offset = y.to(tl.int64) * v_stride_h + x.to(tl.int64) * v_stride_w
         v = v & (tl.load(valid + offset, mask=inside, other=0) != 0)
     if SOFT:
         bad = v & False
         label = tl.where(v, 0, C)
     else:
-        offset = image_offset(n, fold, t_outer, t_stride_n) + y.to(tl.int64) * t_stride_h + x.to(tl.int64) * t_stride_w
+        offset = y.to(tl.int64) * t_stride_h + x.to(tl.int64) * t_stride_w
         wide = tl.load(target + offset, mask=v, other=0).to(tl.int64)
         v = v & (wide != ignore_index)
         bad = v & ((wide < 0) | (wide >= C))
@@ -64,14 +58,10 @@ def read_labels(
 
 @triton.jit
 def read_logits(
-    logits,  # [N, C, H, W], [N, 1, H, W] where BINARY
-    n,
+    logits,  # [C, H, W], [1, H, W] where BINARY
     y,
     x,
     v,
-    fold,
-    outer,
-    stride_n,
     stride_c,
     stride_h,
     stride_w,
@@ -81,7 +71,7 @@ def read_logits(
 ):
     """z [pixels, BLOCK_C] in fp32: 0 at void pixels, so that nothing under them gets anywhere; -inf beyond class C."""
     c = tl.arange(0, BLOCK_C)
-    pixel = image_offset(n, fold, outer, stride_n) + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    pixel = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     if BINARY:  # softmax([0, z]) = [1 - sigma(z), sigma(z)]
         one = tl.load(logits + pixel, mask=v, other=0.0).to(tl.float32)
         z = tl.where((c == 1)[None, :], one[:, None], 0.0)
@@ -93,14 +83,10 @@ def read_logits(
 
 @triton.jit
 def read_distribution(
-    target,  # [N, C, H, W], or [N, 1, H, W]: the probability of class 1
-    n,
+    target,  # [C, H, W], or [1, H, W]: the probability of class 1
     y,
     x,
     v,
-    fold,
-    outer,
-    stride_n,
     stride_c,
     stride_h,
     stride_w,
@@ -110,7 +96,7 @@ def read_distribution(
 ):
     """q [pixels, BLOCK_C] in fp32, zero at void pixels and beyond class C."""
     c = tl.arange(0, BLOCK_C)
-    pixel = image_offset(n, fold, outer, stride_n) + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    pixel = y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     real = v[:, None] & (c < C)[None, :]
     if ONE_CHANNEL:
         one = tl.load(target + pixel, mask=v, other=0.0).to(tl.float32)

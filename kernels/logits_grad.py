@@ -93,6 +93,13 @@ def logits_bwd_kernel(
     tile = tl.program_id(0)
     n, y, x = tile_pixels(tile, tiles_x, tiles_per_image, BLOCK_H, BLOCK_W)
     inside = (y < H) & (x < W)
+    logits += image_offset(n, fold, z_outer, z_stride_n)
+    target += image_offset(n, fold, t_outer, t_stride_n)
+    if valid is not None:
+        valid += image_offset(n, fold, v_outer, v_stride_n)
+    if class_weight is not None:
+        class_weight += (n % weight_rows) * C
+    d_logits += image_offset(n, fold, g_outer, g_stride_n)
     row = n.to(tl.int64) * H * W + y * W + x
     c = tl.arange(0, BLOCK_C)
     real = c < C
@@ -105,12 +112,9 @@ def logits_bwd_kernel(
 
     # 2. softmax again
     v, bad, label = read_labels(
-        target, valid, n, y, x, inside, fold, t_outer, t_stride_n, t_stride_h, t_stride_w,
-        v_outer, v_stride_n, v_stride_h, v_stride_w, ignore_index, C, SOFT,
+        target, valid, y, x, inside, t_stride_h, t_stride_w, v_stride_h, v_stride_w, ignore_index, C, SOFT
     )  # fmt: skip
-    z = read_logits(
-        logits, n, y, x, v, fold, z_outer, z_stride_n, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY
-    )
+    z = read_logits(logits, y, x, v, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY)
     exponential = tl.exp(z - tl.max(z, axis=1)[:, None])
     s = exponential / tl.sum(exponential, axis=1)[:, None]
 
@@ -127,24 +131,9 @@ def logits_bwd_kernel(
     # 4. (11)
     weight = tl.full([BLOCK_C], 1.0, tl.float32)
     if class_weight is not None:
-        weight = tl.load(class_weight + (n % weight_rows) * C + c, mask=real, other=0.0)
+        weight = tl.load(class_weight + c, mask=real, other=0.0)
     if SOFT:
-        goal = read_distribution(
-            target,
-            n,
-            y,
-            x,
-            v,
-            fold,
-            t_outer,
-            t_stride_n,
-            t_stride_c,
-            t_stride_h,
-            t_stride_w,
-            C,
-            BLOCK_C,
-            ONE_CHANNEL,
-        )
+        goal = read_distribution(target, y, x, v, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL)
     else:
         goal = tl.where(c[None, :] == label[:, None], 1.0, 0.0)
     r = weight[None, :] * ((1.0 - label_smoothing) * goal + label_smoothing / C)
@@ -154,7 +143,7 @@ def logits_bwd_kernel(
     # 5. the gradient, zero at void pixels whatever their logits hold
     d_z = tl.where(v[:, None], d_z, 0.0)
     d_z = tl.where(bad[:, None], float("nan"), d_z)
-    pixel = image_offset(n, fold, g_outer, g_stride_n) + y.to(tl.int64) * g_stride_h + x.to(tl.int64) * g_stride_w
+    pixel = y.to(tl.int64) * g_stride_h + x.to(tl.int64) * g_stride_w
     if BINARY:
         d_one = tl.sum(tl.where((c == 1)[None, :], d_z, 0.0), axis=1)
         tl.store(d_logits + pixel, d_one.to(d_logits.dtype.element_ty), mask=inside)

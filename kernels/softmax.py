@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import read_distribution, read_labels, read_logits, tile_pixels, to_storage
+from .geometry import image_offset, read_distribution, read_labels, read_logits, tile_pixels, to_storage
 
 
 @triton.jit(
@@ -82,18 +82,18 @@ def softmax_fwd_kernel(
     tile = tl.program_id(0)
     n, y, x = tile_pixels(tile, tiles_x, tiles_per_image, BLOCK_H, BLOCK_W)
     inside = (y < H) & (x < W)
-    row = n.to(tl.int64) * H * W + y * W + x
+    if valid is not None:
+        valid += image_offset(n, fold, v_outer, v_stride_n)
+    target += image_offset(n, fold, t_outer, t_stride_n)
+    logits += image_offset(n, fold, z_outer, z_stride_n)
     c = tl.arange(0, BLOCK_C)
     real = c < C
 
     # 1. labels and logits
     v, bad, label = read_labels(
-        target, valid, n, y, x, inside, fold, t_outer, t_stride_n, t_stride_h, t_stride_w,
-        v_outer, v_stride_n, v_stride_h, v_stride_w, ignore_index, C, SOFT,
+        target, valid, y, x, inside, t_stride_h, t_stride_w, v_stride_h, v_stride_w, ignore_index, C, SOFT
     )  # fmt: skip
-    z = read_logits(
-        logits, n, y, x, v, fold, z_outer, z_stride_n, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY
-    )
+    z = read_logits(logits, y, x, v, z_stride_c, z_stride_h, z_stride_w, C, BLOCK_C, BINARY)
 
     # 2. softmax
     shifted = z - tl.max(z, axis=1)[:, None]
@@ -107,22 +107,7 @@ def softmax_fwd_kernel(
     if class_weight is not None:
         weight = tl.load(class_weight + (n % weight_rows) * C + c, mask=real, other=0.0)
     if SOFT:
-        goal = read_distribution(
-            target,
-            n,
-            y,
-            x,
-            v,
-            fold,
-            t_outer,
-            t_stride_n,
-            t_stride_c,
-            t_stride_h,
-            t_stride_w,
-            C,
-            BLOCK_C,
-            ONE_CHANNEL,
-        )
+        goal = read_distribution(target, y, x, v, t_stride_c, t_stride_h, t_stride_w, C, BLOCK_C, ONE_CHANNEL)
         fine = (tl.abs(tl.sum(goal, axis=1) - 1.0) < tolerance) & (tl.min(goal, axis=1) > -0.01)
         bad = v & (fine == 0) & (tolerance > 0)  # a NaN is not fine, and no value above 1 leaves a sum of 1
         smoothed = (1.0 - label_smoothing) * goal + label_smoothing / C
@@ -140,6 +125,7 @@ def softmax_fwd_kernel(
     ce = tl.where(bad, float("nan"), ce)
 
     # 4. what the layers read
+    row = n.to(tl.int64) * H * W + y * W + x
     e_at = row[:, None] * IN + c[None, :]
     stored = inside[:, None] & (c < IN)[None, :]
     tl.store(e + e_at, to_storage(tl.where(v[:, None], p - goal, 0.0), DTYPE), mask=stored)
