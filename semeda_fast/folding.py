@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .capture import size_of
 from .options import LossOptions
 
 
@@ -48,7 +49,7 @@ def folded(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[i
     if call.logits.dim() == 5:
         return _slices(call, options)
     target = call.target
-    if target.dim() == 4 and not target.is_floating_point() and target.shape[1] == 1:
+    if target.dim() == 4 and not target.is_floating_point() and size_of(target, 1) == 1:
         call = call._replace(target=target.squeeze(1))
     return call, options, None
 

@@ -135,7 +135,7 @@ def general_loss(
     checks.check_lambda("lambda_ce", lambda_ce)
     checks.check_lambda("lambda_semeda", lambda_semeda)
     options.check()
-    checks.check_more(weight, pos_weight, pixel_weight, counts, proxy.num_classes, options)
+    untraced(checks.check_more, weight, pos_weight, pixel_weight, counts, proxy.num_classes, options)
     reduction, many = options.reduction, options.mode == "multilabel"
     divisors = counts
     if divisors is None and reduction == "mean" and (pixel_weight is not None or (pos_weight is not None and not many)):

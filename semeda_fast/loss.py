@@ -192,7 +192,7 @@ class SemedaLoss(Float32Buffers, _Attributes):
             return_components: return a LossComponents (loss, ce, semeda, per_layer, valid_count); all but
                 `loss` are detached, and everything stays on the device.
         """
-        return self._run(logits, target, valid_mask, pixel_weight, counts, return_components, self._options)
+        return self._run(logits, target, valid_mask, pixel_weight, counts, return_components, None)
 
     def scaled(
         self,
@@ -235,10 +235,12 @@ class SemedaLoss(Float32Buffers, _Attributes):
         if self.num_planes is not None:
             self._check_planes(logits)
         compiling = torch.compiler.is_compiling()
-        if options is None:
+        if options is None and not compiling:  # compiled code must not look at what calls leave behind
+            options = self._options
+            if options is None:
+                options = self.__dict__["_options"] = self._chosen()
+        elif options is None:
             options = self._chosen()
-            if not compiling:
-                self.__dict__["_options"] = options
         if more is None and not return_components and not compiling:
             loss = eager_loss(inputs, proxy, lambda_ce, lambda_semeda, options)
             if loss is not None:

@@ -66,7 +66,8 @@ class Module:
         self.refusal = ""
         self.code_bytes_off = 0
 
-    def View(self, address: int, dtype: int, strides: Any, offset: int, num_bytes: int) -> tuple[Any, ...]:
+    def View(self, address: int, dtype: int, strides: Any, offset: int, num_bytes: int, *groups: int) -> Any:
+        assert not any(groups)
         return address, dtype, list(strides), offset, num_bytes
 
     def why_unavailable(self) -> str:
