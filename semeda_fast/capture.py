@@ -74,3 +74,12 @@ def untraced(function: Callable[..., T], *arguments: Any) -> T:
 def size_of(tensor: Tensor, dim: int) -> int:
     """A size as a number, for torch.jit.trace, too."""
     return untraced(tensor.size, dim)  # type: ignore[return-value]  # of the overloads mypy takes the first
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """All sizes as numbers; what is made of them, torch.jit.trace takes for constants."""
+    return untraced(_shape, tensor)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .capture import size_of
+from .capture import shape_of, size_of, untraced
 from .options import LossOptions
 
 
@@ -59,25 +59,25 @@ def pixel_weights(call: Call) -> Call:
     if call.pixel_weight is None:
         return call
     target = call.target
-    images = call.logits.shape[0] if call.logits.dim() == 4 else call.logits.shape[0] * call.logits.shape[1]
+    images = shape_of(call.logits)[0] if call.logits.dim() == 4 else shape_of(call.logits)[0] * shape_of(call.logits)[1]
     return call._replace(
-        pixel_weight=of_pixels("pixel_weight", call.pixel_weight, (images, target.shape[-2], target.shape[-1]))
+        pixel_weight=of_pixels("pixel_weight", call.pixel_weight, (images, shape_of(target)[-2], shape_of(target)[-1]))
     )
 
 
 def _slices(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[int, ...]]:
     """A volume [N,C,D,H,W]: its slices along slice_dim are images."""
     logits, target = call.logits, call.target
-    n, c, *volume = logits.shape
+    n, c, *volume = shape_of(logits)
     dim = options.slice_dim
     channels = (1, 2) if options.mode == "binary" else (c,)
     soft = target.is_floating_point()
-    if soft and target.dim() == 5 and target.shape[1] in channels:
-        sizes = (target.shape[0], *target.shape[2:])
+    if soft and target.dim() == 5 and shape_of(target)[1] in channels:
+        sizes = (shape_of(target)[0], *shape_of(target)[2:])
     else:
-        if target.dim() == 5 and target.shape[1] == 1 and not soft:
+        if target.dim() == 5 and shape_of(target)[1] == 1 and not soft:
             target = target.squeeze(1)
-        sizes = tuple(target.shape) if not soft else ()
+        sizes = shape_of(target) if not soft else ()
     _check_volume(call, options, sizes, (n, *volume))
     shape = tuple(sizes)
     over = dim - 1  # of what has no channels
@@ -102,7 +102,7 @@ def _check_volume(call: Call, options: LossOptions, sizes: tuple[int, ...], expe
         fits = all(sizes[i] == expected[i] for i in same)
     if not fits:
         n, d, h, w = expected
-        c = call.logits.shape[1]
+        c = shape_of(call.logits)[1]
         kind = f"[{n},{c},{d},{h},{w}]" if call.target.is_floating_point() else f"[{n},{d},{h},{w}]"
         remedy = ""
         if options.upsample:
@@ -110,8 +110,8 @@ def _check_volume(call: Call, options: LossOptions, sizes: tuple[int, ...], expe
         elif len(sizes) == 4 and sizes[0] == n:
             remedy = "; scale the logits with torch.nn.functional.interpolate(logits, size=target.shape[-3:])"
         raise ValueError(
-            f"the target of a volume of shape {list(call.logits.shape)} must have the shape {kind}, "
-            f"got {list(call.target.shape)}, {call.target.dtype}{remedy}"
+            f"the target of a volume of shape {list(shape_of(call.logits))} must have the shape {kind}, "
+            f"got {list(shape_of(call.target))}, {call.target.dtype}{remedy}"
         )
 
 
@@ -120,16 +120,16 @@ def _planes(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[
     logits, target = call.logits, call.target
     if logits.dim() not in (4, 5):
         raise ValueError(
-            f"with mode='multilabel' logits must have the shape [N,C,H,W] or [N,C,D,H,W], got {list(logits.shape)}"
+            f"with mode='multilabel' logits must have the shape [N,C,H,W] or [N,C,D,H,W], got {list(shape_of(logits))}"
         )
     small = options.upsample is not None
     leading = 2 + (1 if small and logits.dim() == 5 else 0)
-    n, c = logits.shape[:2]
-    fits = target.dim() == logits.dim() and target.shape[:2] == logits.shape[:2]
+    n, c = shape_of(logits)[:2]
+    fits = target.dim() == logits.dim() and shape_of(target)[:2] == shape_of(logits)[:2]
     if fits and not small:
-        fits = target.shape == logits.shape
+        fits = shape_of(target) == shape_of(logits)
     elif fits and leading == 3:
-        fits = target.shape[options.slice_dim] == logits.shape[options.slice_dim]
+        fits = shape_of(target)[options.slice_dim] == shape_of(logits)[options.slice_dim]
     if not fits:
         remedy = "a plane of 0 and 1 a class"
         if target.dim() == logits.dim() - 1:
@@ -137,17 +137,17 @@ def _planes(call: Call, options: LossOptions) -> tuple[Call, LossOptions, tuple[
                 "for classes that exclude each other use mode='multiclass'; or make planes of the labels with "
                 f"torch.nn.functional.one_hot(target.long(), {c}).movedim(-1, 1)"
             )
-        elif target.dim() == logits.dim() and target.shape[:2] == (n, c):
+        elif target.dim() == logits.dim() and shape_of(target)[:2] == (n, c):
             remedy = "pass upsample='bilinear' to have the logits scaled up to the target's size"
         raise ValueError(
-            f"with mode='multilabel' the target must have the shape of the logits, {list(logits.shape)}, "
-            f"got {list(target.shape)}; {remedy}"
+            f"with mode='multilabel' the target must have the shape of the logits, {list(shape_of(logits))}, "
+            f"got {list(shape_of(target))}; {remedy}"
         )
-    shape = tuple(target.shape)
+    shape = shape_of(target)
     slices = 1
     if logits.dim() == 5:
         logits, target = logits.movedim(options.slice_dim, 2), target.movedim(options.slice_dim, 2)
-        slices = logits.shape[2]
+        slices = shape_of(logits)[2]
 
     def plane(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -188,8 +188,8 @@ def _joined(seams: int, logits: Tensor, target: Tensor, valid: Tensor | None) ->
 
 def _is_even(tensor: Tensor, dim: int) -> bool:
     """Whether one stride leads through this dimension and the next."""
-    sizes = tensor.shape[dim : dim + 2]
-    return 0 in tensor.shape or 1 in sizes or tensor.stride(dim) == tensor.stride(dim + 1) * sizes[1]
+    sizes, stride = shape_of(tensor)[dim : dim + 2], tensor.stride()
+    return 0 in shape_of(tensor) or 1 in sizes or stride[dim] == stride[dim + 1] * sizes[1]
 
 
 def plane_weights(
@@ -205,14 +205,15 @@ def plane_weights(
     of_plane = ones if weight is None else ones * _one_a_class("weight", weight, num_planes)
     positive = of_plane if pos_weight is None else of_plane * _one_a_class("pos_weight", pos_weight, num_planes)
     rows = torch.stack([of_plane, positive], dim=1).repeat_interleave(slices, dim=0)
-    return rows[0] if rows.shape[0] == 1 else rows
+    return rows[0] if shape_of(rows)[0] == 1 else rows
 
 
 def _one_a_class(name: str, tensor: Tensor, num_classes: int) -> Tensor:
-    if tensor.numel() not in (1, num_classes) or tensor.dim() > 1:
+    count = untraced(tensor.numel)
+    if tensor.dim() > 1 or (count != 1 and count != num_classes):
         raise ValueError(
             f"with mode='multilabel' {name} must hold one number a class, shape [{num_classes}], "
-            f"got shape {list(tensor.shape)}"
+            f"got shape {list(shape_of(tensor))}"
         )
     return tensor.to(torch.float32).reshape(-1)
 
@@ -223,15 +224,15 @@ def of_pixels(name: str, tensor: Tensor, shape: tuple[int, ...], many: bool = Fa
     Raises:
         ValueError: it has another shape.
     """
-    if tuple(tensor.shape) == shape:
+    if shape_of(tensor) == shape:
         return tensor
-    if many and tuple(tensor.shape) == (shape[0], *shape[2:]):
+    if many and shape_of(tensor) == (shape[0], *shape[2:]):
         return tensor.unsqueeze(1).expand(shape)
-    if not many and tensor.dim() == len(shape) + 1 and tuple(tensor.shape) == (shape[0], 1, *shape[1:]):
+    if not many and tensor.dim() == len(shape) + 1 and shape_of(tensor) == (shape[0], 1, *shape[1:]):
         return tensor.squeeze(1)
     shared = f", or {[shape[0], *shape[2:]]} for all planes" if many else ""
     raise ValueError(
-        f"{name} must have the shape {list(shape)} of the target's pixels{shared}, got {list(tensor.shape)}"
+        f"{name} must have the shape {list(shape)} of the target's pixels{shared}, got {list(shape_of(tensor))}"
     )
 
 

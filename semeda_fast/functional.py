@@ -199,7 +199,7 @@ def _terms(call: Call, proxy: EdgeProxy, options: LossOptions) -> LossTerms:
     if call.pixel_weight is not None:
         spec = replace(spec, reduction="none")
     if call.weight is not None and call.weight.dim() == 2:
-        spec = replace(spec, weight_rows=call.weight.shape[0])
+        spec = replace(spec, weight_rows=size_of(call.weight, 0))
     tensors = logits, target, valid_mask, call.weight, proxy.weights, proxy.biases
     if torch.compiler.is_compiling():  # the operator keeps the checks and the choice of a backend out of its sight
         operator = torch.ops.semeda_fast.loss_terms

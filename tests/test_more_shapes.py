@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import pytest
@@ -272,6 +273,27 @@ def test_compiled_and_under_autocast(case: Case, kind: str) -> None:
         got = criterion(logits.bfloat16(), target)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected.loss, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["planes", "volume"])
+def test_traced_exported_and_compiled_for_any_size(case: Case, kind: str) -> None:
+    if case.backend == "triton":
+        pytest.skip("the interpreter does not run in compiled code")
+    many = kind == "planes"
+    logits, target = on(case, *(planes((N, C, H, W)) if many else volume()))
+    options: dict[str, Any] = {"mode": "multilabel", "weight": [0.5, 1.0, 3.0]} if many else {}
+    criterion = make(case, 2 if many else NUM_CLASSES, **options)
+    expected = criterion(logits, target)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Converting a tensor")
+        traced = torch.jit.trace(criterion, (logits.clone().requires_grad_(), target))
+    torch.testing.assert_close(traced(logits, target), expected)
+    exported = torch.export.export(criterion, (logits, target)).run_decompositions().module()
+    torch.testing.assert_close(exported(logits, target), expected)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, target), expected)
+    small = [x[..., :-2, :-3] for x in (logits, target)]
+    torch.testing.assert_close(compiled(*small), criterion(*small))
 
 
 WRONG: list[tuple[dict[str, Any], tuple[int, ...], Any, str]] = [
